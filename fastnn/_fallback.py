@@ -1,0 +1,60 @@
+"""What happens to a call that no kernel of fastnn serves: torch's own operator, a record of it, or an error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_mode = "torch"
+calls: Counter[tuple[str, str]] = Counter()  # (op, reason) -> how often torch served it
+
+
+def set_fallback(mode: str) -> None:
+    """Choose what a call without a kernel does: ``"torch"`` (default) uses torch's operator, ``"error"`` raises.
+
+    Args:
+        mode: ``"torch"`` or ``"error"``.
+
+    Raises:
+        ValueError: for any other mode.
+    """
+    global _mode
+    if mode not in ("torch", "error"):
+        raise ValueError(f"fastnn.set_fallback: mode must be 'torch' or 'error'; got {mode!r}.")
+    _mode = mode
+
+
+def get_fallback() -> str:
+    """Return the mode that :func:`set_fallback` chose."""
+    return _mode
+
+
+def why_not(*tensors: torch.Tensor | None) -> str | None:
+    """Say why no kernel takes these tensors, or None when one does."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type not in ("cpu", "meta"):
+            return f"device {t.device.type} has no kernel"
+        if t.layout != torch.strided:
+            return f"layout {t.layout} has no kernel"
+        if t.dtype not in _DTYPES:
+            return f"dtype {t.dtype} has no kernel"
+        if t.is_nested:
+            return "nested tensors have no kernel"
+    return None
+
+
+def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor]):
+    """Serve ``op`` by torch through ``call``, or raise under ``set_fallback("error")``."""
+    reason = why_not(*tensors) or "tensor subclass has no kernel"
+    if _mode == "error":
+        raise RuntimeError(
+            f"fastnn.{op}: no kernel takes this input: {reason}. Call fastnn.set_fallback('torch') to let torch serve it."
+        )
+    if not torch.compiler.is_compiling():
+        calls[(op, reason)] += 1
+    return call()
