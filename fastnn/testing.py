@@ -66,7 +66,7 @@ class Conv2dCase(NamedTuple):
 
 
 class RnnCase(NamedTuple):
-    """A whole sequence; ``kind`` is one of rnn_tanh, rnn_relu, gru, lstm; ``time=0`` stands for one call of the cell."""
+    """A whole sequence; ``kind`` is rnn_tanh, rnn_relu, gru or lstm; ``time=0`` stands for one call of the cell."""
 
     name: str
     kind: str
