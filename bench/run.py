@@ -6,8 +6,9 @@
     python bench/run.py --compare old.json               beside the figures of an earlier run
 
 The providers take turns on the same tensors in one run; a time is the median over turns, with the 20th and 80th
-percentile, and a ratio the median over turns of the other's time over fastnn's. The error is the largest distance from torch in float64, as a share of the largest value of the result (of
-each gradient, in training). What is behind torch is marked.
+percentile, and a ratio the median over turns of the other's time over fastnn's. The error is the largest distance from
+torch in float64, as a share of the largest value of the result (of each gradient, in training). What is behind torch is
+marked.
 """
 
 from __future__ import annotations
