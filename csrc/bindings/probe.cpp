@@ -1,9 +1,11 @@
 // What bench/peak.py asks for.
 #include "fastnn/probe.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
-namespace fastnn {
+namespace fastnn::bindings {
+
+namespace py = pybind11;
 
 void bind_probe(py::module_& m) {
   m.def(
@@ -14,4 +16,4 @@ void bind_probe(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
 }
 
-}  // namespace fastnn
+}  // namespace fastnn::bindings

@@ -2,13 +2,15 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 #include <unistd.h>
 
 #include <cstring>
 #include <string>
 
-namespace fastnn {
+namespace fastnn::bindings {
+
+namespace py = pybind11;
 namespace {
 
 struct Mapping {
@@ -52,4 +54,4 @@ void guard_allocations(const std::string& side) {
 
 void bind_testing(py::module_& m) { m.def("_guard_allocations", &guard_allocations, py::arg("side")); }
 
-}  // namespace fastnn
+}  // namespace fastnn::bindings

@@ -6,8 +6,8 @@
 namespace fastnn::cpu {
 
 struct ProbeKernels {
-  double (*fma)(DType dtype, int64_t rounds);            // runs 2 * rounds * (the result) operations
-  float (*read)(const float* data, int64_t count);       // sums the data, so that it must be read
+  double (*fma)(DType dtype, int64_t rounds);       // runs 2 * rounds * (the result) operations
+  float (*read)(const float* data, int64_t count);  // sums the data, so that it must be read
 };
 
 }  // namespace fastnn::cpu
