@@ -184,14 +184,14 @@ FASTNN_INLINE void micro_kernel(int64_t depth, const C* __restrict a, const C* _
   }
 }
 
-// The same with A not packed: row i starts at a + i * lda, its elements lie next to each other.
+// The same on operands in place: rows of A at a + i * lda, of B at b + k * ldb, elements of a row next to each other.
 template <class C, int ROWS>
-FASTNN_INLINE void micro_kernel_rows(int64_t depth, const C* __restrict a, int64_t lda, const C* __restrict b,
-                                     Tile<C, ROWS>& tile) {
-  constexpr int NR = kNR<C>, L = kLanes<C>;
+FASTNN_INLINE void micro_kernel_strided(int64_t depth, const C* __restrict a, int64_t lda, const C* __restrict b,
+                                        int64_t ldb, Tile<C, ROWS>& tile) {
+  constexpr int L = kLanes<C>;
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) tile.acc[i][0] = tile.acc[i][1] = zero<C>();
-  for (int64_t k = 0; k < depth; ++k, b += NR) {
+  for (int64_t k = 0; k < depth; ++k, b += ldb) {
     const Vec<C> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {

@@ -199,21 +199,25 @@ FASTNN_INLINE void store_one(T* p, Compute<T> x) {
 
 // ---- across lanes, always in the same order --------------------------------------------------------------------------
 
-template <class C>
-FASTNN_INLINE C reduce_add(Vec<C> v) {
-  alignas(64) C lanes[kLanes<C>];
-  store(lanes, v);
-  for (int half = kLanes<C> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// Lane i of the result is lane i ^ DISTANCE.
+template <int DISTANCE, class C>
+FASTNN_INLINE Vec<C> swap_lanes(Vec<C> v) {
+  Vec<Bits<C>> from;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<C>; ++i) from[i] = i ^ DISTANCE;
+  return __builtin_shuffle(v, from);
 }
-template <class C>
+template <class C, int HALF = kLanes<C> / 2>
+FASTNN_INLINE C reduce_add(Vec<C> v) {
+  v += swap_lanes<HALF, C>(v);
+  if constexpr (HALF > 1) return reduce_add<C, HALF / 2>(v);
+  return v[0];
+}
+template <class C, int HALF = kLanes<C> / 2>
 FASTNN_INLINE C reduce_max(Vec<C> v) {
-  alignas(64) C lanes[kLanes<C>];
-  store(lanes, v);
-  for (int half = kLanes<C> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
+  v = vmax(swap_lanes<HALF, C>(v), v);
+  if constexpr (HALF > 1) return reduce_max<C, HALF / 2>(v);
+  return v[0];
 }
 
 }  // namespace fastnn::cpu::FASTNN_ISA
