@@ -8,6 +8,7 @@
 
 namespace fastnn::bindings {
 
+void bind_conv2d(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
@@ -29,6 +30,7 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  bind_conv2d(m);
   bind_linear(m);
   bind_probe(m);
   bind_testing(m);
