@@ -1,5 +1,6 @@
 """Functions with the signatures of torch.nn.functional, served by fastnn's kernels."""
 
 from fastnn.functional.linear import linear
+from fastnn.functional.rnn import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
 
-__all__ = ["linear"]
+__all__ = ["gru_cell", "linear", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"]

@@ -1,5 +1,6 @@
 """Modules that drop in for those of torch.nn: the same arguments, the same state_dict, fastnn's kernels."""
 
 from fastnn.nn.linear import Linear
+from fastnn.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["Linear"]
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "Linear", "RNN", "RNNCell"]
