@@ -18,9 +18,8 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-template <class T, int G>
+template <class C, int G>
 struct RnnForward {
-  using C = Compute<T>;
   static constexpr int L = kLanes<C>;
   static constexpr int NV = G == 1 ? 2 : G;            // vectors in a panel
   static constexpr int SLOTS = G == 1 ? 2 : 4;         // vectors of z for a panel
@@ -74,58 +73,46 @@ struct RnnForward {
   void prepare(int d, int rank, int ranks) {
     Direction& s = sides[d];
     const RnnWeights& w = p.weights[d];
-    const T *w_ih = static_cast<const T*>(w.weight_ih), *w_hh = static_cast<const T*>(w.weight_hh);
-    const T *b_ih = static_cast<const T*>(w.bias_ih), *b_hh = static_cast<const T*>(w.bias_hh);
     const Range r = share(panels, 1, rank, ranks);
     for (int64_t n = r.begin; n < r.end; ++n) {
       for (int v = 0; v < NV; ++v) {
         const int64_t lanes = std::clamp<int64_t>(H - unit(n, v), 0, L), row = gate(v) * H + unit(n, v);
         if (packs) {
-          rnn_pack_rows(w_ih + row * I, I, lanes, I, s.w_ih + n * NV * L * I + v * L, NV * L);
-          rnn_pack_rows(w_hh + row * P, P, lanes, P, s.w_hh + n * NV * L * P + v * L, NV * L);
+          rnn_pack_rows(p.dtype, of(w.weight_ih, row * I), I, lanes, I, s.w_ih + n * NV * L * I + v * L, NV * L);
+          rnn_pack_rows(p.dtype, of(w.weight_hh, row * P), P, lanes, P, s.w_hh + n * NV * L * P + v * L, NV * L);
         }
-        Vec<C> ih = zero<C>(), hh = zero<C>();
-        if (b_ih && lanes > 0) ih = load_first(b_ih + row, lanes);
-        if (b_hh && lanes > 0) hh = load_first(b_hh + row, lanes);
+        alignas(64) C ih[L] = {}, hh[L] = {};
+        if (w.bias_ih) rnn_widen(p.dtype, of(w.bias_ih, row), lanes, ih);
+        if (w.bias_hh) rnn_widen(p.dtype, of(w.bias_hh, row), lanes, hh);
         C* bias = s.bias + n * SLOTS * L;
         if (G == 3 && v == 2) {
-          store(bias + 2 * L, ih);
-          store(bias + 3 * L, hh);
+          store(bias + 2 * L, load(ih));
+          store(bias + 3 * L, load(hh));
         } else {
-          store(bias + v * L, ih + hh);
+          store(bias + v * L, load(ih) + load(hh));
         }
       }
     }
     if (project && packs) {
-      const T* w_hr = static_cast<const T*>(w.weight_hr);
       const Range q = share(ppanels, 1, rank, ranks);
       for (int64_t n = q.begin; n < q.end; ++n)
         for (int v = 0; v < PNV; ++v) {
           const int64_t row = n * PUNITS + v * L, lanes = std::clamp<int64_t>(P - row, 0, L);
-          rnn_pack_rows(w_hr + row * H, H, lanes, H, s.w_hr + n * PUNITS * H + v * L, PUNITS);
+          rnn_pack_rows(p.dtype, of(w.weight_hr, row * H), H, lanes, H, s.w_hr + n * PUNITS * H + v * L, PUNITS);
         }
     }
     const Range b = share(B, 1, rank, ranks);
     for (int64_t i = b.begin; i < b.end; ++i) {
-      widen(static_cast<const T*>(p.hx) + (d * B + i) * P, P, s.h[0] + i * Ps);
-      widen(static_cast<const T*>(p.hx) + (d * B + i) * P, P, s.h[1] + i * Ps);
+      for (C* h : s.h) rnn_widen(p.dtype, of(p.hx, (d * B + i) * P), P, h + i * Ps);
       if (G == 4) {
         std::memset(s.c + i * Hs + H, 0, (Hs - H) * sizeof(C));  // padding stays zero, not denormal
-        widen(static_cast<const T*>(p.cx) + (d * B + i) * H, H, s.c + i * Hs);
+        rnn_widen(p.dtype, of(p.cx, (d * B + i) * H), H, s.c + i * Hs);
       }
     }
   }
 
-  static void widen(const T* src, int64_t count, C* dst) {
-    int64_t i = 0;
-    for (; i + L <= count; i += L) store(dst + i, load(src + i));
-    if (i < count) store_first(dst + i, load_first(src + i, count - i), count - i);
-  }
-  static void narrow(const C* src, int64_t count, T* dst) {
-    int64_t i = 0;
-    for (; i + L <= count; i += L) store(dst + i, load(src + i));
-    if (i < count) store_first(dst + i, load_first(src + i, count - i), count - i);
-  }
+  const void* of(const void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+  void* of(void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
 
   // z (+)= a W for panels [begin, end): a packed W, or its own rows by dot products.
   template <bool STEP>
@@ -140,16 +127,12 @@ struct RnnForward {
                                                                           s.bias + n * SLOTS * L);
         continue;
       }
-      const T* w = static_cast<const T*>(STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih);
+      const void* w = STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih;
       if (!STEP)
         for (int64_t i = 0; i < rows; ++i) std::memcpy(z + i * z_stride, s.bias + n * SLOTS * L, SLOTS * L * sizeof(C));
-      for (int v = 0; v < NV; ++v) {
-        const int64_t lanes = std::min<int64_t>(H - unit(n, v), L);
-        if (lanes <= 0) continue;
-        C* out = z + (STEP && G == 3 && v == 2 ? 3 : v) * L;
-        for (int64_t i = 0; i < rows; ++i, out += z_stride)
-          store(out, load(out) + rnn_dots<C>(w + (gate(v) * H + unit(n, v)) * depth, depth, lanes, depth, a[i]));
-      }
+      for (int v = 0; v < NV && unit(n, v) < H; ++v)
+        rnn_dots<C>(p.dtype, of(w, (gate(v) * H + unit(n, v)) * depth), depth, std::min<int64_t>(H - unit(n, v), L), depth,
+                    rows, a, z + (STEP && G == 3 && v == 2 ? 3 : v) * L, z_stride, true);
     }
   }
 
@@ -161,7 +144,7 @@ struct RnnForward {
     const int64_t z_stride = width * SLOTS * L + 64 / static_cast<int64_t>(sizeof(C));
     const int64_t row_bytes = (z_stride + I) * sizeof(C);
     const int64_t block = std::min(std::max<int64_t>({196608 / row_bytes, 48, most}), p.steps * most);
-    constexpr bool convert = !std::is_same_v<T, C>;
+    const bool convert = rnn_bytes(p.dtype) != sizeof(C);
     Scratch<C> z(block * z_stride), x(convert ? block * I : 0);
     Scratch<const C*> a(std::max(block, B));
     const int64_t chunk = std::max<int64_t>(8192 / (most * SLOTS * L * sizeof(C)), 1);
@@ -174,14 +157,10 @@ struct RnnForward {
         const int64_t count = std::min(at.count(t), mine.row_end) - mine.row_begin;
         if (count <= 0) continue;
         if (rows + count > block) break;
-        const T* input = at.template input<T>(p, t) + mine.row_begin * p.stride_batch;
         for (int64_t i = 0; i < count; ++i, ++rows) {
-          if constexpr (convert) {
-            widen(input + i * p.stride_batch, I, x + rows * I);
-            a[rows] = x + rows * I;
-          } else {
-            a[rows] = input + i * p.stride_batch;
-          }
+          const void* input = at.input(p, t, mine.row_begin + i);
+          a[rows] = convert ? x + rows * I : static_cast<const C*>(input);
+          if (convert) rnn_widen(p.dtype, input, I, x + rows * I);
         }
       }
       product<false>(s, d, rows, a, own.begin, own.end, z, z_stride);
@@ -197,7 +176,11 @@ struct RnnForward {
           const int64_t to = std::min(n + chunk, own.end);
           C* zc = zs + (n - own.begin) * SLOTS * L;
           if (count > 0) product<true>(s, d, count, a, n, to, zc, z_stride);
-          pointwise(d, t, mine.row_begin, mine.row_begin + count, leave, n, to, zc, z_stride, s.h[1 - now]);
+          pointwise(d, t, mine.row_begin, mine.row_begin + count, n, to, zc, z_stride, s.h[1 - now]);
+          if (!project) emit(d, t, mine.row_begin, count, leave, n * UNITS, std::min(to * UNITS, H), s.h[1 - now]);
+          for (int64_t i = std::max(leave, mine.row_begin); G == 4 && i < mine.row_begin + count; ++i)
+            rnn_narrow(p.dtype, s.c + i * Hs + n * UNITS, std::min(to * UNITS, H) - n * UNITS,
+                       of(p.c_n, (d * B + i) * H + n * UNITS));
         }
         if (project) {
           if (mine.parts > 1) s.barrier.wait(mine.parts);
@@ -211,16 +194,14 @@ struct RnnForward {
   }
 
   // Gates, cells and h of rows [row, row_end) at step t for panels [begin, end).
-  void pointwise(int d, int64_t t, int64_t row, int64_t row_end, int64_t leave, int64_t begin, int64_t end, const C* z,
-                 int64_t z_stride, C* h_next) {
+  __attribute__((noinline)) void pointwise(int d, int64_t t, int64_t row, int64_t row_end, int64_t begin, int64_t end,
+                                           const C* z, int64_t z_stride, C* h_next) {
     Direction& s = sides[d];
     const bool relu = p.mode == RnnMode::Relu;
     constexpr int kept = G == 4 ? 5 : G == 3 ? 4 : 0;
-    const int64_t first = at.first(t), ld = p.directions * P;
+    const int64_t first = at.first(t);
     for (; row < row_end; ++row, z += z_stride) {
-      T* output = static_cast<T*>(p.output) + (first + row) * ld + d * P;
       C* reserve = p.reserve && kept ? static_cast<C*>(p.reserve) + (d * p.rows + first + row) * kept * H : nullptr;
-      T* h_n = p.h_n && row >= leave ? static_cast<T*>(p.h_n) + (d * B + row) * P : nullptr;
       C *h = (project ? s.m : h_next) + row * (project ? Hs : Ps), *c = s.c + row * Hs;
       const C *h_last = (h_next == s.h[0] ? s.h[1] : s.h[0]) + row * Ps, *g = z;
       for (int64_t n = begin; n < end; ++n, g += SLOTS * L) {
@@ -244,13 +225,8 @@ struct RnnForward {
             store(c + u, cell);
             y = o * vtanh(cell);
             if (reserve) keep(reserve + u, count, i, f, fresh, o, cell);
-            if (row >= leave) store_first(static_cast<T*>(p.c_n) + (d * B + row) * H + u, cell, count);
           }
           store(h + u, y);
-          if (!project) {
-            store_first(output + u, y, count);
-            if (h_n) store_first(h_n + u, y, count);
-          }
         }
       }
     }
@@ -262,10 +238,18 @@ struct RnnForward {
     (store_first(reserve + slot++ * H, values, count), ...);
   }
 
+  // Writes units [begin, end) of the new h of `count` rows to output, and to h_n those from `leave` on.
+  void emit(int d, int64_t t, int64_t row, int64_t count, int64_t leave, int64_t begin, int64_t end, const C* h) {
+    for (int64_t i = row; i < row + count; ++i) {
+      const C* from = h + i * Ps + begin;
+      rnn_narrow(p.dtype, from, end - begin, of(p.output, ((at.first(t) + i) * p.directions + d) * P + begin));
+      if (p.h_n && i >= leave) rnn_narrow(p.dtype, from, end - begin, of(p.h_n, (d * B + i) * P + begin));
+    }
+  }
+
   // h = m W_hrᵀ for the rows of a step.
   void projection(Direction& s, int d, int64_t t, int64_t row, int64_t count, int64_t leave, Range own, C* h_next,
                   const C** a) {
-    const int64_t ld = p.directions * P;
     for (int64_t i = 0; i < count; ++i) a[i] = s.m + (row + i) * Hs;
     for (int64_t n = own.begin; n < own.end; ++n) {
       C* h = h_next + row * Ps + n * PUNITS;
@@ -273,41 +257,31 @@ struct RnnForward {
         if (count > 0)
           rnn_product<C, PNV, 1, true, RnnSum::Set>(count, H, a, s.w_hr + n * PUNITS * H, h, Ps, nullptr);
       } else {
-        for (int v = 0; v < PNV; ++v)
-          for (int64_t i = 0, u = n * PUNITS + v * L; i < count && u < P; ++i)
-            store(h + i * Ps + v * L, rnn_dots<C>(static_cast<const T*>(p.weights[d].weight_hr) + u * H, H,
-                                                  std::min<int64_t>(P - u, L), H, a[i]));
-      }
-      const int64_t u = n * PUNITS, units = std::min<int64_t>(P - u, PUNITS);
-      for (int64_t i = 0; i < count; ++i) {
-        narrow(h + i * Ps, units, static_cast<T*>(p.output) + (at.first(t) + row + i) * ld + d * P + u);
-        if (p.h_n && row + i >= leave) narrow(h + i * Ps, units, static_cast<T*>(p.h_n) + (d * B + row + i) * P + u);
+        for (int64_t u = n * PUNITS, v = 0; v < PNV && u < P; ++v, u += L)
+          rnn_dots<C>(p.dtype, of(p.weights[d].weight_hr, u * H), H, std::min<int64_t>(P - u, L), H, count, a, h + v * L,
+                      Ps, false);
       }
     }
+    emit(d, t, row, count, leave, own.begin * PUNITS, std::min(own.end * PUNITS, P), h_next);
   }
 };
 
 template <class F>
 void rnn_with_type(DType dtype, RnnMode mode, const F& f) {
-  const auto with_gates = [&](auto t) {
+  const auto with_gates = [&](auto c) {
     switch (rnn_mode_row(mode).gates) {
-      case 1: return f(t, std::integral_constant<int, 1>{});
-      case 3: return f(t, std::integral_constant<int, 3>{});
-      default: return f(t, std::integral_constant<int, 4>{});
+      case 1: return f(c, std::integral_constant<int, 1>{});
+      case 3: return f(c, std::integral_constant<int, 3>{});
+      default: return f(c, std::integral_constant<int, 4>{});
     }
   };
-  switch (dtype) {
-    case DType::Float32: return with_gates(float{});
-    case DType::Float64: return with_gates(double{});
-    case DType::BFloat16: return with_gates(BFloat16{});
-    case DType::Float16: return with_gates(Float16{});
-  }
+  dtype == DType::Float64 ? with_gates(double{}) : with_gates(float{});
 }
 
 inline void rnn_forward(const RnnParams& params) {
   if (params.rows == 0) return;
-  rnn_with_type(params.dtype, params.mode, [&](auto t, auto gates) {
-    RnnForward<decltype(t), decltype(gates)::value>{params}.run();
+  rnn_with_type(params.dtype, params.mode, [&](auto c, auto gates) {
+    RnnForward<decltype(c), decltype(gates)::value>{params}.run();
   });
 }
 

@@ -14,20 +14,20 @@
 namespace fastnn::cpu::FASTNN_ISA {
 
 // B of a product from a table of its rows, which may lie anywhere.
-template <class C, class T>
+template <class C>
 struct RnnRowsB {
   static constexpr bool kPrepacked = false;
-  const T* const* rows;
+  const C* const* rows;
   const C* panel(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* scratch) const {
     constexpr int L = kLanes<C>, NR = kNR<C>;
     for (int64_t k = 0; k < depth; ++k) {
-      const T* row = rows[k0 + k] + n0;
+      const C* row = rows[k0 + k] + n0;
       C* dst = scratch + k * NR;
       if (cols == NR) {
         store(dst, load(row));
         store(dst + L, load(row + L));
       } else {
-        for (int64_t j = 0; j < NR; ++j) dst[j] = j < cols ? load_one(row + j) : C(0);
+        for (int64_t j = 0; j < NR; ++j) dst[j] = j < cols ? row[j] : C(0);
       }
     }
     return scratch;
@@ -53,19 +53,18 @@ struct RnnGradientsA {
   }
 };
 
-template <class T, class C>
+template <class C>
 struct RnnStore {
-  T* output;
+  C* output;
   int64_t ld;
   C* in_place(int64_t m, int64_t n, int64_t& stride) const {
     stride = ld;
-    if constexpr (std::is_same_v<T, C>) return output + m * ld + n;
-    return nullptr;
+    return output + m * ld + n;
   }
   template <int ROWS>
   FASTNN_INLINE bool direct(const TilePlace<C>& place, Tile<C, ROWS>& tile) const {
     for (int i = 0; i < ROWS && i < place.rows; ++i) {
-      T* row = output + (place.m + i) * ld + place.n;
+      C* row = output + (place.m + i) * ld + place.n;
       store(row, tile.acc[i][0]);
       store(row + kLanes<C>, tile.acc[i][1]);
     }
@@ -73,40 +72,58 @@ struct RnnStore {
   }
   void finish(const TilePlace<C>& place, const C* tile) const {
     for (int64_t i = 0; i < place.rows; ++i)
-      for (int64_t j = 0; j < place.cols; ++j)
-        store_one(output + (place.m + i) * ld + place.n + j, tile[i * kNR<C> + j]);
+      for (int64_t j = 0; j < place.cols; ++j) output[(place.m + i) * ld + place.n + j] = tile[i * kNR<C> + j];
   }
 };
 
-template <class T, int G>
+template <class C, int G>
 struct RnnBackward {
-  using C = Compute<T>;
   static constexpr int L = kLanes<C>, UNITS = 2 * L, KEPT = G == 4 ? 5 : G == 3 ? 4 : 0;
 
   const RnnBackwardParams& b;
   const RnnParams& p = b.forward;
   const int64_t H = p.hidden_size, P = p.state_size, I = p.input_size, B = p.batch, R = p.rows, S = p.steps;
-  const bool project = p.weights[0].weight_hr != nullptr;
+  const int64_t D = p.directions, ld = D * P;
+  const bool project = p.weights[0].weight_hr != nullptr, convert = rnn_bytes(p.dtype) != sizeof(C);
   const int64_t panels = (H + UNITS - 1) / UNITS, ppanels = (P + UNITS - 1) / UNITS;
   const int64_t Hs = panels * UNITS, Ps = ppanels * UNITS, W = (G == 3 ? 4 : G) * H;  // W: row of dz
   const RnnRows at{p};
+  // A half dtype is widened once: what is read row by row, and what the last products read and write.
+  Scratch<C> wide_grad{convert && b.grad_output ? R * ld : 0}, wide_output{convert ? R * ld : 0},
+      wide_hx{convert ? D * B * P : 0}, wide_cx{convert && p.cx ? D * B * H : 0};
+  const C *grad_output = nullptr, *output = nullptr, *hx = nullptr, *cx = nullptr;
 
   struct Direction {
     C *w_hh, *w_hr;       // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
     C *dh, *dm, *dc;      // [B][Ps], [B][Hs], [B][Hs]
     C *dz, *dhp, *m;      // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
-    const T** h_last;     // [R] rows of the state before
+    const C** h_last;     // [R] rows of the state before
     Barrier barrier;
   };
   Direction sides[2] = {};
 
+  const void* of(const void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+  void* of(void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+
+  // The array in compute type: itself, or widened into memory.
+  const C* wide(const void* from, int64_t count, C* memory) const {
+    if (!convert || !from) return static_cast<const C*>(from);
+    parallel(worth_threads(p.threads, 0, 2.0 * count), [&](int thread, int threads) {
+      const Range r = share(count, 1024, thread, threads);
+      rnn_widen(p.dtype, of(from, r.begin), r.end - r.begin, memory + r.begin);
+    });
+    return memory;
+  }
+
   void run() {
+    grad_output = wide(b.grad_output, R * ld, wide_grad), output = wide(p.output, R * ld, wide_output);
+    hx = wide(p.hx, D * B * P, wide_hx), cx = wide(p.cx, D * B * H, wide_cx);
     const int64_t sizes[] = {ppanels * UNITS * G * H, project ? panels * UNITS * P : 0, B * Ps, project ? B * Hs : 0,
                              G == 4 ? B * Hs : 0, R * W, project ? R * P : 0, project ? R * H : 0};
     int64_t each = 0;
     for (int64_t size : sizes) each += (size + 15) / 16 * 16;
     Scratch<C> memory(each * p.directions);
-    Scratch<const T*> tables(R * (p.directions + 1));
+    Scratch<const C*> tables(R * (D + 2));
     for (int d = 0; d < p.directions; ++d) {
       Direction& s = sides[d];
       C* next = memory + d * each;
@@ -121,28 +138,30 @@ struct RnnBackward {
       const RnnShare mine = rnn_share(p, G, kRnnRows<2>, ppanels, rank, ranks);
       if (!mine.idle) sequence(d, mine);
     });
-    finish(tables + p.directions * R);
+    finish(tables + D * R, tables + (D + 1) * R);
   }
 
   void prepare(int d, int rank, int ranks) {
     Direction& s = sides[d];
-    const T *w_hh = static_cast<const T*>(p.weights[d].weight_hh), *w_hr = static_cast<const T*>(p.weights[d].weight_hr);
+    const RnnWeights& w = p.weights[d];
     const Range q = share(ppanels, 1, rank, ranks), r = share(panels, 1, rank, ranks), rows = share(B, 1, rank, ranks);
     for (int64_t n = q.begin; n < q.end; ++n)
-      pack_panel<UNITS>(w_hh + n * UNITS, 1, P, std::min<int64_t>(P - n * UNITS, UNITS), G * H,
-                        s.w_hh + n * UNITS * G * H);
+      rnn_pack_columns(p.dtype, of(w.weight_hh, n * UNITS), P, std::min<int64_t>(P - n * UNITS, UNITS), G * H,
+                       s.w_hh + n * UNITS * G * H);
     for (int64_t n = r.begin; project && n < r.end; ++n)
-      pack_panel<UNITS>(w_hr + n * UNITS, 1, H, std::min<int64_t>(H - n * UNITS, UNITS), P, s.w_hr + n * UNITS * P);
+      rnn_pack_columns(p.dtype, of(w.weight_hr, n * UNITS), H, std::min<int64_t>(H - n * UNITS, UNITS), P,
+                       s.w_hr + n * UNITS * P);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      widen(b.grad_h_n, (d * B + i) * P, P, s.dh + i * Ps, Ps);
-      if (G == 4) widen(b.grad_c_n, (d * B + i) * H, H, s.dc + i * Hs, Hs);
+      std::memset(s.dh + i * Ps, 0, Ps * sizeof(C));
+      if (b.grad_h_n) rnn_widen(p.dtype, of(b.grad_h_n, (d * B + i) * P), P, s.dh + i * Ps);
+      if (G == 4) std::memset(s.dc + i * Hs, 0, Hs * sizeof(C));
+      if (G == 4 && b.grad_c_n) rnn_widen(p.dtype, of(b.grad_c_n, (d * B + i) * H), H, s.dc + i * Hs);
     }
     const Range steps = share(S, 1, rank, ranks);
     for (int64_t t = steps.begin; t < steps.end; ++t)
       for (int64_t i = 0; i < at.count(t); ++i) {
         const int64_t row = row_before(d, t, i);
-        s.h_last[at.first(t) + i] = row < 0 ? static_cast<const T*>(p.hx) + (d * B + i) * P
-                                            : static_cast<const T*>(p.output) + (row * p.directions + d) * P;
+        s.h_last[at.first(t) + i] = row < 0 ? hx + (d * B + i) * P : output + row * ld + d * P;
       }
   }
 
@@ -150,10 +169,6 @@ struct RnnBackward {
   int64_t row_before(int d, int64_t t, int64_t i) const {
     if (d == 0) return t > 0 ? at.first(t - 1) + i : -1;
     return t + 1 < S && i < at.count(t + 1) ? at.first(t + 1) + i : -1;
-  }
-
-  static void widen(const void* src, int64_t offset, int64_t count, C* dst, int64_t padded) {
-    for (int64_t i = 0; i < padded; ++i) dst[i] = src && i < count ? load_one(static_cast<const T*>(src) + offset + i) : 0;
   }
 
   // dh of the step before, from dz of step t.
@@ -170,7 +185,6 @@ struct RnnBackward {
     Direction& s = sides[d];
     const Range own = share(panels, 1, mine.part, mine.parts), pown = share(ppanels, 1, mine.part, mine.parts);
     Scratch<const C*> a(B);
-    const int64_t ld = p.directions * P;
     for (int64_t step = S - 1; step >= 0; --step) {
       const int64_t t = d ? S - 1 - step : step;
       if (step < S - 1) recur(s, d ? t - 1 : t + 1, mine, pown, a);
@@ -179,9 +193,9 @@ struct RnnBackward {
         const int64_t from = pown.begin * UNITS, to = std::min(pown.end * UNITS, P);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = at.first(t) + begin + i;
-          const T* grad = b.grad_output ? static_cast<const T*>(b.grad_output) + row * ld + d * P : nullptr;
+          const C* grad = grad_output ? grad_output + row * ld + d * P : nullptr;
           for (int64_t u = from; u < to; ++u)
-            s.dhp[row * P + u] = s.dh[(begin + i) * Ps + u] + (grad ? load_one(grad + u) : C(0));
+            s.dhp[row * P + u] = s.dh[(begin + i) * Ps + u] + (grad ? grad[u] : C(0));
           a[i] = s.dhp + row * P;
         }
         if (mine.parts > 1) s.barrier.wait(mine.parts);
@@ -194,27 +208,25 @@ struct RnnBackward {
       if (mine.parts > 1) s.barrier.wait(mine.parts);
     }
     if (b.grad_hx) recur(s, d ? S - 1 : 0, mine, pown, a);
-    // With several parts each writes its own columns; a row that this thread does not own is another's.
+    // Each part writes its own columns.
+    const int64_t u = pown.begin * UNITS, v = own.begin * UNITS;
     for (int64_t i = mine.row_begin; i < mine.row_end; ++i) {
-      const int64_t u = pown.begin * UNITS, v = own.begin * UNITS;
       if (b.grad_hx)
-        for (int64_t j = u; j < std::min(pown.end * UNITS, P); ++j)
-          store_one(static_cast<T*>(b.grad_hx) + (d * B + i) * P + j, s.dh[i * Ps + j]);
+        rnn_narrow(p.dtype, s.dh + i * Ps + u, std::min(pown.end * UNITS, P) - u, of(b.grad_hx, (d * B + i) * P + u));
       if (b.grad_cx && G == 4)
-        for (int64_t j = v; j < std::min(own.end * UNITS, H); ++j)
-          store_one(static_cast<T*>(b.grad_cx) + (d * B + i) * H + j, s.dc[i * Hs + j]);
+        rnn_narrow(p.dtype, s.dc + i * Hs + v, std::min(own.end * UNITS, H) - v, of(b.grad_cx, (d * B + i) * H + v));
     }
   }
 
   // Gradients of z for batch entry i at step t, units [begin, end).
-  void pointwise(Direction& s, int d, int64_t t, int64_t i, int64_t begin, int64_t end) {
+  __attribute__((noinline)) void pointwise(Direction& s, int d, int64_t t, int64_t i, int64_t begin, int64_t end) {
     const bool relu = p.mode == RnnMode::Relu;
-    const int64_t row = at.first(t) + i, before = row_before(d, t, i), ld = p.directions * P;
-    const T* grad = b.grad_output && !project ? static_cast<const T*>(b.grad_output) + row * ld + d * P : nullptr;
-    const T* output = static_cast<const T*>(p.output) + row * ld + d * P;
+    const int64_t row = at.first(t) + i, before = row_before(d, t, i);
+    const C* grad = grad_output && !project ? grad_output + row * ld + d * P : nullptr;
+    const C* y_row = output + row * ld + d * P;
     const C* reserve = static_cast<const C*>(p.reserve) + (d * R + row) * KEPT * H;
     const C* c_last = before < 0 ? nullptr : static_cast<const C*>(p.reserve) + (d * R + before) * KEPT * H + 4 * H;
-    const T* cx = static_cast<const T*>(p.cx) + (d * B + i) * H;
+    const C* c_first = cx + (d * B + i) * H;
     C *dz = s.dz + row * W, *dh = project ? s.dm + i * Hs : s.dh + i * Ps;
     for (int64_t u = begin; u < end; u += L) {
       const int64_t n = end - u;
@@ -222,7 +234,7 @@ struct RnnBackward {
       if (grad) g += load_first(grad + u, n);
       const auto saved = [&](int slot) { return load_first(reserve + slot * H + u, n); };
       if constexpr (G == 1) {
-        const Vec<C> y = load_first(output + u, n);
+        const Vec<C> y = load_first(y_row + u, n);
         g = relu ? activate_backward<Activation::Relu, C>(g, y) : activate_backward<Activation::Tanh, C>(g, y);
         store_first(dz + u, g, n);
       } else if constexpr (G == 3) {
@@ -235,7 +247,7 @@ struct RnnBackward {
         store(dh + u, g * update);
       } else {
         const Vec<C> in = saved(0), f = saved(1), fresh = saved(2), o = saved(3), th = vtanh(saved(4));
-        const Vec<C> last = c_last ? load_first(c_last + u, n) : load_first(cx + u, n);
+        const Vec<C> last = c_last ? load_first(c_last + u, n) : load_first(c_first + u, n);
         const Vec<C> dc = fma(g * o, C(1) - th * th, load(s.dc + i * Hs + u));
         store_first(dz + u, dc * fresh * in * (C(1) - in), n);
         store_first(dz + H + u, dc * last * f * (C(1) - f), n);
@@ -247,37 +259,55 @@ struct RnnBackward {
     }
   }
 
+  // Calls f(C* target) and puts what it wrote where it belongs.
+  template <class F>
+  void result(void* out, int64_t count, const F& f) const {
+    if (!out) return;
+    Scratch<C> memory(convert ? count : 0);
+    f(convert ? memory.data() : static_cast<C*>(out));
+    if (convert)
+      parallel(worth_threads(p.threads, 0, 2.0 * count), [&](int thread, int threads) {
+        const Range r = share(count, 1024, thread, threads);
+        rnn_narrow(p.dtype, memory + r.begin, r.end - r.begin, of(out, r.begin));
+      });
+  }
+
   // The gradients that are one product over all rows.
-  void finish(const T** x_rows) {
+  void finish(const C** x_rows, const C** m_rows) {
+    Scratch<C> wide_input(convert ? R * I : 0);
     for (int64_t t = 0; t < S; ++t)
-      for (int64_t i = 0; i < at.count(t); ++i)
-        x_rows[at.first(t) + i] = at.template input<T>(p, t) + i * p.stride_batch;
-    for (int d = 0; d < p.directions; ++d) {
+      for (int64_t i = 0; i < at.count(t); ++i) {
+        const int64_t row = at.first(t) + i;
+        if (convert) rnn_widen(p.dtype, at.input(p, t, i), I, wide_input + row * I);
+        x_rows[row] = convert ? wide_input + row * I : static_cast<const C*>(at.input(p, t, i));
+      }
+    const auto weight = [&](C* out, int64_t rows, int64_t cols, const C* a, int64_t a_ld, const C* const* of) {
+      gemm<C>(rows, cols, R, StridedA<C, C>{a, 1, a_ld}, RnnRowsB<C>{of}, RnnStore<C>{out, cols}, p.threads);
+    };
+    for (int d = 0; d < D; ++d) {
       const Direction& s = sides[d];
       const auto& grads = b.grad_weights[d];
-      const auto weight = [&](void* out, int64_t rows, int64_t cols, const C* a, int64_t a_ld, const T* const* of) {
-        if (out)
-          gemm<C>(rows, cols, R, StridedA<C, C>{a, 1, a_ld}, RnnRowsB<C, T>{of}, RnnStore<T, C>{static_cast<T*>(out), cols},
-                  p.threads);
-      };
       const int64_t shared = G == 3 ? 2 * H : G * H;  // gates whose dz is the same for W_ih and W_hh
-      weight(grads.weight_ih, shared, I, s.dz, W, x_rows);
-      weight(grads.weight_hh, G * H, P, s.dz, W, s.h_last);
-      if (G == 3 && grads.weight_ih) weight(static_cast<T*>(grads.weight_ih) + shared * I, H, I, s.dz + 3 * H, W, x_rows);
-      if (project && grads.weight_hr)
-        gemm<C>(P, H, R, StridedA<C, C>{s.dhp, 1, P}, StridedB<C, C>{s.m, H, 1},
-                RnnStore<T, C>{static_cast<T*>(grads.weight_hr), H}, p.threads);
+      result(grads.weight_ih, G * H * I, [&](C* out) {
+        weight(out, shared, I, s.dz, W, x_rows);
+        if (G == 3) weight(out + shared * I, H, I, s.dz + 3 * H, W, x_rows);
+      });
+      result(grads.weight_hh, G * H * P, [&](C* out) { weight(out, G * H, P, s.dz, W, s.h_last); });
+      for (int64_t row = 0; project && row < R; ++row) m_rows[row] = s.m + row * H;
+      result(grads.weight_hr, P * H, [&](C* out) { weight(out, P, H, s.dhp, P, m_rows); });
       if (grads.bias_ih || grads.bias_hh) biases(s, grads.bias_ih, grads.bias_hh);
     }
-    if (b.grad_input) {
-      const int64_t K = G * H;
-      Scratch<const T*> w_rows(K * p.directions);
-      RnnGradientsA<C> a = {{sides[0].dz, sides[1].dz}, W, K, G == 3 ? 2 * H : K, G == 3 ? H : 0};
-      for (int d = 0; d < p.directions; ++d)
-        for (int64_t k = 0; k < K; ++k) w_rows[d * K + k] = static_cast<const T*>(p.weights[d].weight_ih) + k * I;
-      gemm<C>(R, I, K * p.directions, a, RnnRowsB<C, T>{w_rows}, RnnStore<T, C>{static_cast<T*>(b.grad_input), I},
-              p.threads);
-    }
+    const int64_t K = G * H;
+    Scratch<C> wide_weight(convert && b.grad_input ? D * K * I : 0);
+    Scratch<const C*> w_rows(K * D);
+    result(b.grad_input, R * I, [&](C* out) {
+      const RnnGradientsA<C> a = {{sides[0].dz, sides[1].dz}, W, K, G == 3 ? 2 * H : K, G == 3 ? H : 0};
+      for (int64_t d = 0; d < D; ++d) {
+        const C* w = wide(p.weights[d].weight_ih, K * I, wide_weight + d * K * I);
+        for (int64_t k = 0; k < K; ++k) w_rows[d * K + k] = w + k * I;
+      }
+      gemm<C>(R, I, K * D, a, RnnRowsB<C>{w_rows}, RnnStore<C>{out, I}, p.threads);
+    });
   }
 
   // Column sums of dz, rows in blocks of 64 so that rounding errors do not pile up.
@@ -294,9 +324,10 @@ struct RnnBackward {
         }
         for (int64_t lane = 0; lane < n; ++lane) {
           const int64_t column = j + lane;
+          const C value = total[lane];
           if (ih && (G != 3 || column < 2 * H || column >= 3 * H))
-            store_one(static_cast<T*>(ih) + (G == 3 && column >= 3 * H ? column - H : column), C(total[lane]));
-          if (hh && column < G * H) store_one(static_cast<T*>(hh) + column, C(total[lane]));
+            rnn_narrow(p.dtype, &value, 1, of(ih, G == 3 && column >= 3 * H ? column - H : column));
+          if (hh && column < G * H) rnn_narrow(p.dtype, &value, 1, of(hh, column));
         }
       }
     });
@@ -304,8 +335,8 @@ struct RnnBackward {
 };
 
 inline void rnn_backward(const RnnBackwardParams& params) {
-  rnn_with_type(params.forward.dtype, params.forward.mode, [&](auto t, auto gates) {
-    RnnBackward<decltype(t), decltype(gates)::value>{params}.run();
+  rnn_with_type(params.forward.dtype, params.forward.mode, [&](auto c, auto gates) {
+    RnnBackward<decltype(c), decltype(gates)::value>{params}.run();
   });
 }
 

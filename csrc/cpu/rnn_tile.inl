@@ -103,22 +103,75 @@ __attribute__((noinline)) void rnn_product(int64_t rows, int64_t depth, const C*
   }
 }
 
+// ---- storage types: everything but these few functions sees the compute type alone -----------------------------------
+
+template <class C, class F>
+FASTNN_INLINE void rnn_with_storage(DType dtype, const F& f) {
+  if constexpr (std::is_same_v<C, double>) {
+    f(double{});
+  } else {
+    if (dtype == DType::Float32) f(float{});
+    if (dtype == DType::BFloat16) f(BFloat16{});
+    if (dtype == DType::Float16) f(Float16{});
+  }
+}
+inline int64_t rnn_bytes(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
+inline const void* rnn_at(const void* p, DType dtype, int64_t index) {
+  return static_cast<const char*>(p) + index * rnn_bytes(dtype);
+}
+inline void* rnn_at(void* p, DType dtype, int64_t index) { return static_cast<char*>(p) + index * rnn_bytes(dtype); }
+
+template <class C>
+__attribute__((noinline)) void rnn_widen(DType dtype, const void* from, int64_t count, C* dst) {
+  rnn_with_storage<C>(dtype, [&](auto t) {
+    const auto* src = static_cast<const decltype(t)*>(from);
+    int64_t i = 0;
+    for (; i + kLanes<C> <= count; i += kLanes<C>) store(dst + i, load(src + i));
+    for (; i < count; ++i) dst[i] = load_one(src + i);
+  });
+}
+template <class C>
+__attribute__((noinline)) void rnn_narrow(DType dtype, const C* src, int64_t count, void* to) {
+  rnn_with_storage<C>(dtype, [&](auto t) {
+    auto* dst = static_cast<decltype(t)*>(to);
+    int64_t i = 0;
+    for (; i + kLanes<C> <= count; i += kLanes<C>) store(dst + i, load(src + i));
+    for (; i < count; ++i) store_one(dst + i, src[i]);
+  });
+}
+
 // Packs `lanes` (<= kLanes) rows of W, each `depth` long, into dst[k * width + lane]; missing lanes become zero.
-template <class C, class T>
-void rnn_pack_rows(const T* w, int64_t ld, int64_t lanes, int64_t depth, C* dst, int64_t width) {
+template <class C>
+__attribute__((noinline)) void rnn_pack_rows(DType dtype, const void* from, int64_t ld, int64_t lanes, int64_t depth,
+                                             C* dst, int64_t width) {
   constexpr int L = kLanes<C>;
-  int64_t k = 0;
-  if (lanes == L)
-    for (; k + L <= depth; k += L) pack_transposed<C>(w + k, ld, dst + k * width, width);
-  for (; k < depth; ++k)
-    for (int64_t i = 0; i < L; ++i) dst[k * width + i] = i < lanes ? load_one(w + i * ld + k) : C(0);
+  rnn_with_storage<C>(dtype, [&](auto t) {
+    const auto* w = static_cast<const decltype(t)*>(from);
+    int64_t k = 0;
+    if (lanes == L)
+      for (; k + L <= depth; k += L) pack_transposed<C>(w + k, ld, dst + k * width, width);
+    for (; k < depth; ++k)
+      for (int64_t i = 0; i < L; ++i) dst[k * width + i] = i < lanes ? load_one(w + i * ld + k) : C(0);
+  });
+}
+
+// Packs columns [0, cols) of W, each row `ld` apart, into dst[k * 2 kLanes + column]; missing columns become zero.
+template <class C>
+__attribute__((noinline)) void rnn_pack_columns(DType dtype, const void* from, int64_t ld, int64_t cols, int64_t depth,
+                                                C* dst) {
+  constexpr int L = kLanes<C>;
+  for (int64_t k = 0; k < depth; ++k, dst += 2 * L) {
+    rnn_widen(dtype, rnn_at(from, dtype, k * ld), cols, dst);
+    for (int64_t i = cols; i < 2 * L; ++i) dst[i] = C(0);
+  }
 }
 
 // Lane j: sum over k of w[j * ld + k] * x[k], for the first `lanes` rows of w; nothing packed. Other lanes are undefined.
 template <class C, class T>
-FASTNN_INLINE Vec<C> rnn_dots(const T* w, int64_t ld, int64_t lanes, int64_t depth, const C* x) {
+FASTNN_INLINE Vec<C> rnn_dots_of(const T* w, int64_t ld, int64_t lanes, int64_t depth, const C* x) {
   constexpr int L = kLanes<C>, UNROLL = L >= 8 ? 1 : 8 / L;
   const T* row[L];
+#pragma GCC unroll 16
   for (int j = 0; j < L; ++j) row[j] = w + std::min<int64_t>(j, lanes - 1) * ld;
   Vec<C> sum[UNROLL][L];
 #pragma GCC unroll 16
@@ -137,9 +190,12 @@ FASTNN_INLINE Vec<C> rnn_dots(const T* w, int64_t ld, int64_t lanes, int64_t dep
     for (int j = 0; j < L; ++j) sum[0][j] = fma(v, load(row[j] + k), sum[0][j]);
   }
   if (k < depth) {
+    alignas(64) C tail[L][L] = {};
+    for (int j = 0; j < L; ++j)
+      for (int64_t i = k; i < depth; ++i) tail[j][i - k] = load_one(row[j] + i);
     const Vec<C> v = load_first(x + k, depth - k);
 #pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) sum[0][j] = fma(v, load_first(row[j] + k, depth - k), sum[0][j]);
+    for (int j = 0; j < L; ++j) sum[0][j] = fma(v, load(tail[j]), sum[0][j]);
   }
   Vec<C> r[L];
 #pragma GCC unroll 16
@@ -163,6 +219,18 @@ FASTNN_INLINE Vec<C> rnn_dots(const T* w, int64_t ld, int64_t lanes, int64_t dep
   return r[0];
 }
 
+// out[i * out_stride] (+)= those dots for each of `rows` vectors x.
+template <class C>
+__attribute__((noinline)) void rnn_dots(DType dtype, const void* w, int64_t ld, int64_t lanes, int64_t depth, int64_t rows,
+                                        const C* const* x, C* out, int64_t out_stride, bool add) {
+  rnn_with_storage<C>(dtype, [&](auto t) {
+    for (int64_t i = 0; i < rows; ++i, out += out_stride) {
+      const Vec<C> y = rnn_dots_of<C>(static_cast<const decltype(t)*>(w), ld, lanes, depth, x[i]);
+      store(out, add ? load(out) + y : y);
+    }
+  });
+}
+
 // The rows of a sequence: how many at a step, and where they begin.
 class RnnRows {
  public:
@@ -171,9 +239,8 @@ class RnnRows {
   }
   int64_t count(int64_t t) const { return sizes_ ? sizes_[t] : batch_; }
   int64_t first(int64_t t) const { return sizes_ ? first_[t] : t * batch_; }
-  template <class T>
-  const T* input(const RnnParams& p, int64_t t) const {
-    return static_cast<const T*>(p.input) + (sizes_ ? first_[t] * p.stride_batch : t * p.stride_step);
+  const void* input(const RnnParams& p, int64_t t, int64_t i) const {
+    return rnn_at(p.input, p.dtype, (sizes_ ? first_[t] * p.stride_batch : t * p.stride_step) + i * p.stride_batch);
   }
 
  private:
