@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnn._library import _C
+
 
 class Frozen:
     """Mixin of the modules whose kernel takes packed weights.
@@ -33,7 +35,8 @@ class Frozen:
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
-        stamp = (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
+        version = 0 if weight.is_inference() else weight._version
+        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa())  # panels are as wide as the ISA
         if self._pack is None or self._pack[0] != stamp:
             with torch.no_grad():
                 self._pack = (stamp, pack(weight.detach()))
