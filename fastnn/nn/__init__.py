@@ -2,5 +2,7 @@
 
 from fastnn.nn.conv2d import Conv2d
 from fastnn.nn.linear import Linear
+from fastnn.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = ["Conv2d", "Linear"]
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "Linear", "RNN", "RNNCell"]
