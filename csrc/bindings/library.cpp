@@ -8,6 +8,7 @@
 
 namespace fastnn::bindings {
 
+void bind_attention(py::module_& m);
 void bind_linear(py::module_& m);
 
 namespace {
@@ -27,6 +28,7 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  bind_attention(m);
   bind_linear(m);
   m.def("cpu_isas", cpu_isas, "ISAs whose kernels this CPU can run, the best last.");
   m.def("cpu_isa", [] { return std::string(cpu::kIsaNames[static_cast<int>(cpu::current_isa())]); },
