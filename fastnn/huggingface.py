@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from fastnn import functional
 
 NAME = "fastnn"
 

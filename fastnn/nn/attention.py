@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from .._fallback import fallback
+from fastnn import functional
+from fastnn._fallback import fallback
+from fastnn.nn._frozen import Frozen
+from fastnn.nn.linear import Linear
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class NonDynamicallyQuantizableLinear(Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """The output projection: a :class:`fastnn.nn.Linear` under the name that torch gives it."""
+
+
+class MultiheadAttention(Frozen, nn.MultiheadAttention):
     r"""``torch.nn.MultiheadAttention`` computed by fastnn's linear and attention kernels.
 
     .. math:: \text{MultiHead}(Q, K, V) = \text{Concat}(\text{head}_1, …, \text{head}_h) W^O, \quad
@@ -33,6 +39,24 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Source: Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        options = (dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first)
+        super().__init__(embed_dim, num_heads, *options, device, dtype)
+        self.out_proj.__class__ = NonDynamicallyQuantizableLinear
 
     def forward(
         self,
@@ -95,7 +119,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
 
         output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3)
-        output = functional.linear(output.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        output = linear(self.out_proj, output.flatten(-2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not is_batched:
@@ -113,7 +137,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             biases = (None, None, None) if bias is None else bias.chunk(3)
             projected = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
         elif query is key and key is value:
-            projected = functional.linear(query, weight, bias).chunk(3, -1)
+            packed = self._packed(weight, torch.ops.fastnn.linear_pack) if self._frozen else None
+            projected = functional.linear(query, weight, bias, packed=packed).chunk(3, -1)
         elif key is value:
             w_q, w_kv = weight.split(sizes)
             b_q, b_kv = (None, None) if bias is None else bias.split(sizes)
@@ -184,6 +209,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             if key_padding_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
                 text = "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead."
                 warnings.warn(text, stacklevel=3)
+
+
+def linear(module: nn.Linear, input: Tensor, activation: str | None = None) -> Tensor:
+    """Apply ``module``'s weight and bias without calling it (no hooks), and fused with them an activation."""
+    packed = module._packed(module.weight, torch.ops.fastnn.linear_pack) if getattr(module, "_frozen", False) else None
+    return functional.linear(input, module.weight, module.bias, activation=activation, packed=packed)
 
 
 def _text(argument: str, rule: str, got: object) -> str:

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from .._fallback import fallback
-from .attention import MultiheadAttention
-from .linear import Linear
+from fastnn._fallback import fallback
+from fastnn.nn.attention import MultiheadAttention, linear
+from fastnn.nn.linear import Linear
 
 _FUSED = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
@@ -61,7 +60,7 @@ class _FeedForward(nn.Module):
         """Return ``linear2(dropout(activation(linear1(x))))``, the activation fused into ``linear1`` where it can be."""
         name = _fused_name(self.activation)
         if name is not None and _is_plain(self.linear1):
-            hidden = functional.linear(x, self.linear1.weight, self.linear1.bias, activation=name)
+            hidden = linear(self.linear1, x, name)
         else:
             hidden = self.activation(self.linear1(x))
         return self.linear2(self.dropout(hidden))
@@ -78,9 +77,11 @@ def _fused_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(activation))
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling ``linear`` would do nothing but multiply by its weight and add its bias."""
-    return type(linear) in (nn.Linear, Linear) and "forward" not in linear.__dict__ and not _has_hooks(linear)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling ``module`` would do nothing but multiply by its weight and add its bias."""
+    if type(module) not in (nn.Linear, Linear) or "forward" in module.__dict__ or _has_hooks(module):
+        return False
+    return getattr(module, "activation", None) is None
 
 
 def _has_hooks(module: nn.Module) -> bool:
