@@ -226,7 +226,7 @@ def test_mismatched_masks_warn():
 def test_dropout(need_weights):
     """Attention weights are dropped and the rest scaled, in training only."""
     fast, _ = pair(8, 2, dropout=0.25, batch_first=True)
-    x = torch.randn(4, 64, 8, dtype=torch.float64)
+    x = torch.randn(4, 32, 8, dtype=torch.float64)
     call = {"need_weights": need_weights, "average_attn_weights": False}
     first, weights = fast(x, x, x, **call)
     assert not torch.equal(first, fast(x, x, x, **call)[0])
@@ -234,16 +234,16 @@ def test_dropout(need_weights):
     first = fast(x, x, x, **call)[0]
     torch.manual_seed(7)
     assert torch.equal(first, fast(x, x, x, **call)[0])
-    mean = sum(fast(x, x, x, **call)[0] for _ in range(200)) / 200
+    mean = sum(fast(x, x, x, **call)[0] for _ in range(100)) / 100
     kept = fast.eval()(x, x, x, **call)
     assert torch.equal(kept[0], fast(x, x, x, **call)[0])
-    assert (mean - kept[0]).abs().mean() < 0.15 * (first - kept[0]).abs().mean()
+    assert (mean - kept[0]).abs().mean() < 0.2 * (first - kept[0]).abs().mean()
     if need_weights:
         dropped = weights == 0
-        assert 0.23 < dropped.double().mean() < 0.27
+        assert 0.22 < dropped.double().mean() < 0.28
         torch.testing.assert_close(weights[~dropped], (kept[1] / 0.75)[~dropped])
     fast.train().dropout = 1.0
-    torch.testing.assert_close(fast(x, x, x, **call)[0], fast.out_proj.bias.expand(4, 64, 8))
+    torch.testing.assert_close(fast(x, x, x, **call)[0], fast.out_proj.bias.expand(4, 32, 8))
 
 
 def test_second_derivatives():
@@ -256,8 +256,8 @@ def test_second_derivatives():
         state = dict(zip(names, parameters, strict=True))
         return torch.func.functional_call(fast, state, (x, x, x), {"attn_mask": mask, "need_weights": False})[0]
 
-    assert torch.autograd.gradcheck(call, (x, mask, *values))
-    assert torch.autograd.gradgradcheck(call, (x, mask, *values))
+    assert torch.autograd.gradcheck(call, (x, mask, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x, mask, *values), fast_mode=True)
 
 
 def test_second_derivatives_beside_torch():
@@ -367,7 +367,7 @@ def test_nested():
         fastnn.set_fallback("torch")
 
 
-@pytest.mark.parametrize("options", itertools.product([True, False], repeat=3), ids=str)
+@pytest.mark.parametrize("options", list(itertools.product([True, False], repeat=3)), ids=str)
 def test_compile(options):
     """One graph with masks and weights."""
     torch._dynamo.reset()
