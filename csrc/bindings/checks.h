@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/disable_torch_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -58,7 +57,15 @@ inline int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_thr
 // ---- arguments of the Python entries -------------------------------------------------------------------------------
 
 // A tensor whose class overrides __torch_function__ belongs to its class, not to a kernel.
-inline bool plain(py::handle h) { return h.is_none() || !torch::check_has_torch_function(h.ptr(), true); }
+inline bool plain(py::handle h) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
+  if (h.is_none() || type == THPVariableClass || !THPVariable_Check(h.ptr())) return true;
+  static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  if (type == parameter) return true;
+  static PyObject* const disabled =
+      py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
+  return py::object(py::handle(type).attr("__torch_function__")).ptr() == disabled;
+}
 
 inline const Tensor& tensor_argument(const char* op, const char* name, py::handle h) {
   if (!THPVariable_Check(h.ptr()))
