@@ -16,11 +16,6 @@ from fastnn import _fallback, testing
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def pair(*args, dtype=torch.float64, **kwargs):
     fast, stock = fnn.MultiheadAttention(*args, dtype=dtype, **kwargs), nn.MultiheadAttention(*args, dtype=dtype, **kwargs)
     with torch.no_grad():

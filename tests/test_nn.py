@@ -46,11 +46,6 @@ NAMES = list(SPECS)
 MODULE_INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in SPECS}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def build(library, name, **where):
     """Build the spec's instance from ``torch.nn`` or ``fastnn.nn``; ``where`` holds device and dtype."""
     if not hasattr(library, name):

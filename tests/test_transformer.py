@@ -18,11 +18,6 @@ from fastnn import _fallback
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def both(name, *args, **kwargs):
     """One of fastnn's and one of torch's, with the same parameters; none of them zero or one."""
     fast, stock = getattr(fnn, name)(*args, **kwargs), getattr(nn, name)(*args, **kwargs)
