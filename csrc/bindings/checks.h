@@ -1,0 +1,92 @@
+// What every binding asks of its arguments, and the words it asks in.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "fastnn/types.h"
+
+namespace fastnn::bindings {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Activation activation_of(const char* op, std::optional<std::string_view> name) {
+  if (!name) return Activation::None;
+  std::string known;
+  for (const ActivationRow& row : kActivations) {
+    if (*name == row.name) return row.activation;
+    known += known.empty() ? row.name : std::string(", ") + row.name;
+  }
+  TORCH_CHECK_VALUE(false, "fastnn.", op, ": activation must be None or one of ", known, "; got '", std::string(*name),
+                    "'.");
+}
+
+inline std::optional<DType> dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::Float32;
+    case at::kDouble: return DType::Float64;
+    case at::kBFloat16: return DType::BFloat16;
+    case at::kHalf: return DType::Float16;
+    default: return std::nullopt;
+  }
+}
+
+// Whether a kernel exists for a tensor of this device, layout and dtype; fake and meta tensors count.
+inline bool served(const Tensor& t) {
+  return (t.is_cpu() || t.is_meta()) && t.layout() == at::kStrided && dtype_of(t) && !t.is_nested() && !t.is_neg();
+}
+inline bool served(const OptionalTensor& t) { return !t || !t->defined() || served(*t); }
+
+inline void check_same(const char* op, const char* name, const Tensor& t, const Tensor& first, const char* first_name) {
+  TORCH_CHECK(t.scalar_type() == first.scalar_type(), "fastnn.", op, ": ", name, " must have the dtype of ", first_name,
+              " (", first.scalar_type(), "); got ", t.scalar_type(), ".");
+  TORCH_CHECK(t.device() == first.device(), "fastnn.", op, ": ", name, " must be on the device of ", first_name, " (",
+              first.device(), "); got ", t.device(), ".");
+}
+
+// Threads for one call: torch.set_num_threads, and one inside somebody's parallel region.
+inline int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// ---- arguments of the Python entries -------------------------------------------------------------------------------
+
+// A tensor whose class overrides __torch_function__ belongs to its class, not to a kernel.
+inline bool plain(py::handle h) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
+  if (h.is_none() || type == THPVariableClass || !THPVariable_Check(h.ptr())) return true;
+  static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  if (type == parameter) return true;
+  static PyObject* const disabled =
+      py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
+  return py::object(py::handle(type).attr("__torch_function__")).ptr() == disabled;
+}
+
+inline const Tensor& tensor_argument(const char* op, const char* name, py::handle h) {
+  if (!THPVariable_Check(h.ptr()))
+    throw py::type_error(std::string("fastnn.") + op + ": " + name + " must be a Tensor; got " +
+                         Py_TYPE(h.ptr())->tp_name + ".");
+  return THPVariable_Unpack(h.ptr());
+}
+inline OptionalTensor optional_tensor_argument(const char* op, const char* name, py::handle h) {
+  if (h.is_none()) return std::nullopt;
+  return tensor_argument(op, name, h);
+}
+// Valid while the Python string lives.
+inline std::optional<std::string_view> optional_string_argument(const char* op, const char* name, py::handle h) {
+  if (h.is_none()) return std::nullopt;
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_Check(h.ptr()) ? PyUnicode_AsUTF8AndSize(h.ptr(), &size) : nullptr;
+  if (!text)
+    throw py::type_error(std::string("fastnn.") + op + ": " + name + " must be a str or None; got " +
+                         Py_TYPE(h.ptr())->tp_name + ".");
+  return std::string_view(text, size);
+}
+inline py::object wrap(Tensor t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))); }
+
+}  // namespace fastnn::bindings

@@ -1,0 +1,216 @@
+// Elementary functions of a vector, and on them every activation and its derivative.
+//
+// float: polynomials fitted at Chebyshev nodes, a few ulp (exp 1, tanh 2, erf 3; tests hold them to that against
+// libm). double: libm lane by lane; it serves gradient checks, not speed.
+// NaN goes in and comes out of every activation; relu(NaN) is NaN.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+template <class C, class F>
+FASTNN_INLINE Vec<C> lane_by_lane(Vec<C> x, const F& f) {
+  alignas(64) C lanes[kLanes<C>];
+  store(lanes, x);
+  for (int i = 0; i < kLanes<C>; ++i) lanes[i] = f(lanes[i]);
+  return load(lanes);
+}
+
+template <class C, size_t N>
+FASTNN_INLINE Vec<C> horner(Vec<C> x, const C (&coefficients)[N]) {
+  Vec<C> y = splat<C>(coefficients[N - 1]);
+#pragma GCC unroll 16
+  for (int i = static_cast<int>(N) - 2; i >= 0; --i) y = fma(y, x, splat<C>(coefficients[i]));
+  return y;
+}
+
+// 2^n for integers held in floats, n in [-126, 127].
+FASTNN_INLINE Vec<float> power_of_two(Vec<int32_t> n) { return bitcast<Vec<float>>((n + 127) << 23); }
+
+FASTNN_INLINE Vec<float> vexp(Vec<float> x) {
+  // Beyond these the result is 0 or infinity anyway; NaN passes both comparisons.
+  x = x < -105.0f ? splat(-105.0f) : x;
+  x = x > 89.0f ? splat(89.0f) : x;
+  const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const Vec<int32_t> n = bitcast<Vec<int32_t>>(shifted) - bitcast<int32_t>(12582912.0f);
+  const Vec<float> whole = shifted - 12582912.0f;
+  // x - n ln 2 in two parts; the first has few enough bits for the product to be exact.
+  const Vec<float> r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), x));
+  constexpr float p[] = {0.5f, 0.1666666668f, 0.04166646501f, 0.008333310934f, 0.001393364103f, 0.0001989098087f};
+  const Vec<float> y = fma(horner(r, p), r * r, r) + 1.0f;
+  const Vec<int32_t> half = n >> 1;  // in two steps, so that subnormal results and infinity come out right
+  return y * power_of_two(half) * power_of_two(n - half);
+}
+
+FASTNN_INLINE Vec<float> vtanh(Vec<float> x) {
+  const Vec<float> t = vabs<float>(x), s = x * x;
+  constexpr float p[] = {-0.3333333317f,  0.1333330356f,   -0.05395925958f,
+                         0.02176891865f, -0.008343945516f, 0.002292744816f};
+  const Vec<float> near = fma(x * s, horner(s, p), x);
+  const Vec<float> far = copysign<float>(1.0f - 2.0f / (vexp(t + t) + 1.0f), x);
+  return select(t > 0.625f, far, near);  // NaN takes near, and stays NaN
+}
+
+FASTNN_INLINE Vec<float> verf(Vec<float> x) {
+  const Vec<float> t = vabs<float>(x), s = x * x;
+  constexpr float small[] = {1.128379167f,   -0.3761263847f,   0.112837825f,    -0.02686543073f,
+                             0.005221031808f, -0.0008484080406f, 0.0001126595903f, -9.667044571e-6f};
+  constexpr float big[] = {1.128792814f,     0.6346172552f,   0.1070225145f,   -0.02433230555f, 0.003835511331f,
+                           -0.0003316854473f, -1.584388446e-6f, 3.236754584e-6f, -2.166180444e-7f};
+  const Vec<float> near = x * horner(s, small);
+  const Vec<float> u = vmin(splat(4.0f), t);  // erf(4) rounds to 1
+  const Vec<float> far = copysign<float>(1.0f - vexp(-(u * horner(u, big))), x);
+  return select(t > 1.0f, far, near);
+}
+
+// log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)).
+FASTNN_INLINE Vec<float> vlog1p_unit(Vec<float> u) {
+  const Vec<float> s = u / (u + 2.0f);
+  constexpr float p[] = {2.0f, 2.0f / 3, 2.0f / 5, 2.0f / 7, 2.0f / 9, 2.0f / 11, 2.0f / 13, 2.0f / 15};
+  return s * horner(s * s, p);
+}
+
+FASTNN_INLINE Vec<double> vexp(Vec<double> x) {
+  return lane_by_lane<double>(x, [](double v) { return std::exp(v); });
+}
+FASTNN_INLINE Vec<double> vtanh(Vec<double> x) {
+  return lane_by_lane<double>(x, [](double v) { return std::tanh(v); });
+}
+FASTNN_INLINE Vec<double> verf(Vec<double> x) {
+  return lane_by_lane<double>(x, [](double v) { return std::erf(v); });
+}
+FASTNN_INLINE Vec<double> vlog1p_unit(Vec<double> x) {
+  return lane_by_lane<double>(x, [](double v) { return std::log1p(v); });
+}
+
+template <class C>
+FASTNN_INLINE Vec<C> vsigmoid(Vec<C> x) {
+  return C(1) / (vexp(-x) + C(1));
+}
+
+// tanh(softplus(x)) without a logarithm: with e = exp(x), (e^2 + 2e) / (e^2 + 2e + 2).
+template <class C>
+FASTNN_INLINE Vec<C> tanh_softplus(Vec<C> x) {
+  const Vec<C> e = vexp(x > C(20) ? splat(C(20)) : x), q = e * (e + C(2));
+  return q / (q + C(2));
+}
+
+// y = f(z).
+template <Activation A, class C>
+FASTNN_INLINE Vec<C> activate(Vec<C> z) {
+  const Vec<C> nil = zero<C>();
+  if constexpr (A == Activation::None) return z;
+  if constexpr (A == Activation::Relu) return z < nil ? nil : z;
+  if constexpr (A == Activation::Gelu) return z * C(0.5) * (verf(z * C(0.70710678118654752440)) + C(1));
+  if constexpr (A == Activation::GeluTanh)
+    return z * C(0.5) * (vtanh((z + z * z * z * C(0.044715)) * C(0.79788456080286535588)) + C(1));
+  if constexpr (A == Activation::Silu) return z / (vexp(-z) + C(1));
+  if constexpr (A == Activation::Sigmoid) return vsigmoid<C>(z);
+  if constexpr (A == Activation::Tanh) return vtanh(z);
+  if constexpr (A == Activation::LeakyRelu) return z > nil ? z : z * C(0.01);
+  if constexpr (A == Activation::Elu) {
+    // expm1 by tanh: (e^z - 1) = 2 t / (1 - t) with t = tanh(z / 2), exact near 0 where the difference is not.
+    const Vec<C> t = vtanh((z > nil ? nil : z) * C(0.5));
+    return z > nil ? z : (t + t) / (C(1) - t);
+  }
+  if constexpr (A == Activation::Hardswish) {
+    const Vec<C> shifted = z + C(3), low = shifted < nil ? nil : shifted;
+    return z * (low > C(6) ? splat(C(6)) : low) * C(1.0 / 6);
+  }
+  if constexpr (A == Activation::Relu6) {
+    const Vec<C> low = z < nil ? nil : z;
+    return low > C(6) ? splat(C(6)) : low;
+  }
+  if constexpr (A == Activation::Softplus) {
+    const Vec<C> y = (z < nil ? nil : z) + vlog1p_unit(vexp(-vabs<C>(z)));
+    return z > C(20) ? z : y;
+  }
+  if constexpr (A == Activation::Mish) return z > C(20) ? z : z * tanh_softplus<C>(z);
+}
+
+// g · f'(z), from `saved`: y = f(z) where activation_from_output(A), else z.
+template <Activation A, class C>
+FASTNN_INLINE Vec<C> activate_backward(Vec<C> g, Vec<C> saved) {
+  const Vec<C> nil = zero<C>(), s = saved;
+  if constexpr (A == Activation::None) return g;
+  if constexpr (A == Activation::Relu) return s <= nil ? nil : g;
+  if constexpr (A == Activation::Gelu) {
+    const Vec<C> cdf = (verf(s * C(0.70710678118654752440)) + C(1)) * C(0.5);
+    const Vec<C> pdf = vexp(s * s * C(-0.5)) * C(0.39894228040143267794);
+    return g * fma(s, pdf, cdf);
+  }
+  if constexpr (A == Activation::GeluTanh) {
+    const Vec<C> t = vtanh((s + s * s * s * C(0.044715)) * C(0.79788456080286535588));
+    const Vec<C> inner = (s * s * C(3 * 0.044715) + C(1)) * C(0.79788456080286535588);
+    return g * C(0.5) * ((t + C(1)) + s * (C(1) - t * t) * inner);
+  }
+  if constexpr (A == Activation::Silu) {
+    const Vec<C> y = vsigmoid<C>(s);
+    return g * y * (s * (C(1) - y) + C(1));
+  }
+  if constexpr (A == Activation::Sigmoid) return g * s * (C(1) - s);
+  if constexpr (A == Activation::Tanh) return g * (C(1) - s * s);
+  if constexpr (A == Activation::LeakyRelu) return s > nil ? g : g * C(0.01);
+  if constexpr (A == Activation::Elu) return s > nil ? g : g * (s + C(1));
+  if constexpr (A == Activation::Hardswish) {
+    const Vec<C> inner = g * (s * C(1.0 / 3) + C(0.5));
+    return s <= C(-3) ? nil : (s < C(3) ? inner : g);
+  }
+  if constexpr (A == Activation::Relu6) return (s <= nil) | (s >= C(6)) ? nil : g;
+  if constexpr (A == Activation::Softplus) return s > C(20) ? g : g * vsigmoid<C>(s);
+  if constexpr (A == Activation::Mish) {
+    const Vec<C> t = tanh_softplus<C>(s);
+    return g * fma(s * vsigmoid<C>(s), C(1) - t * t, t);
+  }
+}
+
+// Calls f(std::integral_constant<Activation, A>) for the activation chosen at run time.
+template <class F>
+FASTNN_INLINE void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+#define FASTNN_CASE(A) \
+  case Activation::A:  \
+    return f(std::integral_constant<Activation, Activation::A>{});
+    FASTNN_CASE(None)
+    FASTNN_CASE(Relu)
+    FASTNN_CASE(Gelu)
+    FASTNN_CASE(GeluTanh)
+    FASTNN_CASE(Silu)
+    FASTNN_CASE(Sigmoid)
+    FASTNN_CASE(Tanh)
+    FASTNN_CASE(LeakyRelu)
+    FASTNN_CASE(Elu)
+    FASTNN_CASE(Hardswish)
+    FASTNN_CASE(Relu6)
+    FASTNN_CASE(Softplus)
+    FASTNN_CASE(Mish)
+#undef FASTNN_CASE
+  }
+}
+
+// In place over `count` elements of compute type, a whole number of vectors (padding is activated, too).
+template <class C>
+__attribute__((noinline)) void activate_in_place(Activation activation, C* data, int64_t count) {
+  with_activation(activation, [&](auto a) {
+    for (int64_t i = 0; i < count; i += kLanes<C>) store(data + i, activate<decltype(a)::value, C>(load(data + i)));
+  });
+}
+
+// out[i] = grad[i] · f'(saved[i]) over `count` elements of any number.
+template <class T>
+__attribute__((noinline)) void activate_backward_row(Activation activation, const T* grad, const T* saved, T* out,
+                                                     int64_t count) {
+  using C = Compute<T>;
+  constexpr int L = kLanes<C>;
+  with_activation(activation, [&](auto a) {
+    constexpr Activation A = decltype(a)::value;
+    int64_t i = 0;
+    for (; i + L <= count; i += L) store(out + i, activate_backward<A, C>(load(grad + i), load(saved + i)));
+    if (i < count)
+      store_first(out + i, activate_backward<A, C>(load_first(grad + i, count - i), load_first(saved + i, count - i)),
+                  count - i);
+  });
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA

@@ -1,0 +1,8 @@
+"""fastnn: hand-written kernels for linear, conv2d, rnn and attention, as drop-in functions and modules for PyTorch."""
+
+__version__ = "0.1.0"
+
+from fastnn import functional, nn
+from fastnn._fallback import get_fallback, set_fallback
+
+__all__ = ["functional", "get_fallback", "nn", "set_fallback"]

@@ -1,0 +1,5 @@
+"""Modules that drop in for those of torch.nn: the same arguments, the same state_dict, fastnn's kernels."""
+
+from fastnn.nn.linear import Linear
+
+__all__ = ["Linear"]

@@ -1,0 +1,44 @@
+"""Linear: torch.nn.Linear on fastnn's kernel, with an optional activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnn import functional
+from fastnn.nn._frozen import Frozen
+
+
+class Linear(Frozen, torch.nn.Linear):
+    r"""y = f(x Wᵀ + b), in one kernel.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``torch.nn.Linear``'s.
+        activation: f, a name that :func:`fastnn.functional.linear` knows, or None.
+
+    Shape: ``[*, in_features]`` to ``[*, out_features]``. ``state_dict`` is that of ``torch.nn.Linear``.
+
+    Source: ``torch.nn.Linear``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._frozen:
+            packed = self._packed(self.weight, torch.ops.fastnn.linear_pack)
+            return functional.linear(input, self.weight, self.bias, activation=self.activation, packed=packed)
+        return functional.linear(input, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
