@@ -30,7 +30,7 @@ _NAMES = (
     "Linear Conv2d RNN GRU LSTM RNNCell GRUCell LSTMCell MultiheadAttention TransformerEncoderLayer "
     "TransformerDecoderLayer TransformerEncoder TransformerDecoder Transformer"
 ).split()
-_FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in _NAMES}
+_FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in _NAMES if hasattr(fastnn.nn, name)}
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.Linear
 _OWN = tuple(set(_FAST.values()))
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
