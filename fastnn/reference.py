@@ -39,6 +39,45 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return activate(z if bias is None else z + bias, activation)
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """y = f(b + sum over the taps (r, s) of x shifted by that tap, times W[:, :, r, s]).
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[K, C / groups, R, S]``.
+        bias: ``[K]`` or None.
+        padding: top, bottom, left, right.
+    """
+    top, bottom, left, right = padding
+    x = F.pad(input if input.dim() == 4 else input[None], (left, right, top, bottom))
+    wide = torch.promote_types(x.dtype, torch.float32)  # sums of 16-bit numbers are kept in float32
+    x = x.to(wide).reshape(x.shape[0], groups, weight.shape[1], *x.shape[2:])
+    w = weight.to(wide).reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    taps = []
+    height = (x.shape[-2] - (weight.shape[2] - 1) * dilation[0] - 1) // stride[0] + 1
+    width = (x.shape[-1] - (weight.shape[3] - 1) * dilation[1] - 1) // stride[1] + 1
+    for r in range(weight.shape[2]):
+        for s in range(weight.shape[3]):
+            y, z = r * dilation[0], s * dilation[1]
+            rows = slice(y, y + (height - 1) * stride[0] + 1, stride[0])
+            columns = slice(z, z + (width - 1) * stride[1] + 1, stride[1])
+            taps.append(torch.einsum("ngchw,gkc->ngkhw", x[..., rows, columns], w[..., r, s]))
+    z = sum(taps[1:], taps[0]).flatten(1, 2)
+    if bias is not None:
+        z = z + bias.to(wide)[:, None, None]
+    z = activate(z, activation).to(input.dtype)
+    return z if input.dim() == 4 else z[0]
+
+
 def vjp_of_vjp(
     f: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
