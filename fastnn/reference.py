@@ -40,6 +40,43 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return activate(z if bias is None else z + bias, activation)
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """y = f(b + sum over the taps (r, s) of x shifted by that tap, times W[:, :, r, s]).
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[K, C / groups, R, S]``.
+        bias: ``[K]`` or None.
+        padding: top, bottom, left, right.
+    """
+    top, bottom, left, right = padding
+    x = F.pad(input if input.dim() == 4 else input[None], (left, right, top, bottom))
+    wide = torch.promote_types(x.dtype, torch.float32)  # sums of 16-bit numbers are kept in float32
+    x = x.to(wide).reshape(x.shape[0], groups, weight.shape[1], *x.shape[2:])
+    w = weight.to(wide).reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    taps = []
+    height = (x.shape[-2] - (weight.shape[2] - 1) * dilation[0] - 1) // stride[0] + 1
+    width = (x.shape[-1] - (weight.shape[3] - 1) * dilation[1] - 1) // stride[1] + 1
+    for r in range(weight.shape[2]):
+        for s in range(weight.shape[3]):
+            y, z = r * dilation[0], s * dilation[1]
+            rows = slice(y, y + (height - 1) * stride[0] + 1, stride[0])
+            columns = slice(z, z + (width - 1) * stride[1] + 1, stride[1])
+            taps.append(torch.einsum("ngchw,gkc->ngkhw", x[..., rows, columns], w[..., r, s]))
+    z = sum(taps[1:], taps[0]).flatten(1, 2)
+    if bias is not None:
+        z = z + bias.to(wide)[:, None, None]
+    z = activate(z, activation).to(input.dtype)
+    return z if input.dim() == 4 else z[0]
 def attention(
     query: Tensor,
     key: Tensor,
@@ -170,3 +207,64 @@ def _alias(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
+
+
+def rnn_step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], mode: str) -> tuple[Tensor, Tensor | None]:
+    """One step of a recurrent layer: x ``[B, I]``, h ``[B, P]``, c ``[B, H]`` (LSTM) to the next h and c.
+
+    ``weights`` is ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
+    """
+    zx, zh = x @ weights[0].t(), h @ weights[1].t()
+    if len(weights) >= 4:
+        zx, zh = zx + weights[2], zh + weights[3]
+    if mode == "RNN_TANH":
+        return torch.tanh(zx + zh), None
+    if mode == "RNN_RELU":
+        return torch.relu(zx + zh), None
+    if mode == "GRU":
+        (xr, xz, xn), (hr, hz, hn) = zx.chunk(3, 1), zh.chunk(3, 1)
+        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+        n = torch.tanh(xn + r * hn)
+        return (1 - z) * n + z * h, None
+    i, f, g, o = (zx + zh).chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h @ weights[-1].t() if len(weights) % 2 else h), c
+
+
+def rnn(
+    input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor | None, weights: Sequence[Tensor], mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One recurrent layer over a sequence, arguments and results as those of the op ``fastnn::rnn``.
+
+    Args:
+        input: ``[steps, batch, I]``; ``[rows, I]`` of a packed sequence with batch_sizes; ``[batch, I]`` for one step.
+        batch_sizes: ``[steps]``, not increasing, or None.
+        hx, cx: ``[directions, batch, P]`` and ``[directions, batch, H]``; without directions for one step.
+        weights: for each direction as :func:`rnn_step` takes them.
+        mode: ``RNN_TANH RNN_RELU LSTM GRU``.
+
+    Returns:
+        output, h_n (empty for one step), c_n (empty but for LSTM).
+    """
+    empty = input.new_empty(0)
+    if input.dim() == 2 and batch_sizes is None:
+        h, c = rnn_step(input, hx, cx, weights, mode)
+        return h, empty, empty if c is None else c
+    directions = hx.shape[0]
+    each = len(weights) // directions
+    xs = list(input) if batch_sizes is None else list(input.split(batch_sizes.tolist()))
+    outputs, h_n, c_n = [], [], []
+    for d in range(directions):
+        w = weights[d * each : (d + 1) * each]
+        h, c, ys = hx[d], None if cx is None else cx[d], [xs[0]] * len(xs)
+        for t in range(len(xs)) if d == 0 else reversed(range(len(xs))):
+            n = len(xs[t])
+            y, cell = rnn_step(xs[t], h[:n], None if c is None else c[:n], w, mode)
+            ys[t] = y
+            h = torch.cat((y, h[n:]))
+            c = None if c is None else torch.cat((cell, c[n:]))
+        outputs.append(torch.stack(ys) if batch_sizes is None else torch.cat(ys))
+        h_n.append(h)
+        c_n.append(c)
+    return torch.cat(outputs, -1), torch.stack(h_n), empty if cx is None else torch.stack(c_n)

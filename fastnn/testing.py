@@ -398,7 +398,7 @@ def assert_close_to_oracle(
             f"= {error[at].item() / max(magnitude[at].item() * compute_eps(actual.dtype), 1e-300):.3g} eps·magnitude, "
             f"allowed {c:g} and one rounding"
         )
-    if stock is not None:
+    if stock is not None and actual.dtype != torch.float64:  # in float64 the oracle errs as much as either
         tiny = torch.finfo(torch.float64).tiny
         rounding = torch.finfo(actual.dtype).eps * oracle.abs().masked_fill(special, 0)
         ours = ((error - rounding).clamp_min(0) / magnitude.clamp_min(tiny)).max().item()

@@ -8,8 +8,12 @@
 
 namespace fastnn::bindings {
 
+void bind_conv2d(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_rnn(py::module_& m);
+void bind_probe(py::module_& m);
+void bind_testing(py::module_& m);
 
 namespace {
 
@@ -28,8 +32,12 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  bind_conv2d(m);
   bind_attention(m);
   bind_linear(m);
+  bind_rnn(m);
+  bind_probe(m);
+  bind_testing(m);
   m.def("cpu_isas", cpu_isas, "ISAs whose kernels this CPU can run, the best last.");
   m.def("cpu_isa", [] { return std::string(cpu::kIsaNames[static_cast<int>(cpu::current_isa())]); },
         "The ISA whose kernels run.");

@@ -116,7 +116,7 @@ FASTNN_INLINE Vec<C> activate(Vec<C> z) {
   }
   if constexpr (A == Activation::Hardswish) {
     const Vec<C> shifted = z + C(3), low = shifted < nil ? nil : shifted;
-    return z * (low > C(6) ? splat(C(6)) : low) * C(1.0 / 6);
+    return z * ((low > C(6) ? splat(C(6)) : low) * C(1.0 / 6));
   }
   if constexpr (A == Activation::Relu6) {
     const Vec<C> low = z < nil ? nil : z;

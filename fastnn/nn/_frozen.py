@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnn._library import _C
+
 
 class Frozen:
     """Mixin of the modules whose kernel takes packed weights.
@@ -27,16 +29,18 @@ class Frozen:
         self.__dict__.pop("_frozen", None)
         self.__dict__.pop("_pack", None)
 
-    def _packed(self, weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """The packed copy of ``weight``, or None where a gradient, a trace or a device without kernels forbids one."""
+    def _packed(self, weight: Tensor, pack: Callable[..., Tensor], *arguments) -> Tensor | None:
+        """``pack(weight, *arguments)``, kept; None where a gradient, a trace or a device without kernels forbids it."""
         if torch.compiler.is_compiling() or weight.device.type != "cpu":
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
-        stamp = (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype)
+        version = 0 if weight.is_inference() else weight._version
+        # Panels are as wide as the vectors of the ISA that runs, so it belongs to the stamp.
+        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa(), arguments)
         if self._pack is None or self._pack[0] != stamp:
             with torch.no_grad():
-                self._pack = (stamp, pack(weight.detach()))
+                self._pack = (stamp, pack(weight.detach(), *arguments))
         return self._pack[1]
 
     def __getstate__(self):

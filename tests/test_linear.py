@@ -1,0 +1,319 @@
+"""fastnn.functional.linear and fastnn.nn.Linear against the float64 oracle and torch's own error."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastnn
+from fastnn import reference, testing
+from fastnn.functional import linear
+
+ISAS = testing.available_isas()
+ops = torch.ops.fastnn
+
+
+def check(x, w, b, activation=None, name="linear", packed=None):
+    """Forward of one problem against the oracle; the sum's magnitude bounds the error of every activation (slope <= 1.2)."""
+    oracle = reference.linear(x.double(), w.double(), None if b is None else b.double(), activation)
+    magnitude = reference.linear(x.double().abs(), w.double().abs(), None if b is None else b.double().abs())
+    stock = reference.activate(F.linear(x, w, b), activation)
+    ours = linear(x, w, b, activation=activation, packed=packed)
+    testing.assert_close_to_oracle(ours, oracle, 1.2 * magnitude + 1e-3, stock, name=name)
+
+
+def make(m, n, k, dtype=torch.float32, layout="contiguous", bias=True):
+    return (
+        testing.random((m, k), dtype, layout),
+        testing.random((n, k), dtype, layout),
+        testing.random((n,), dtype) if bias else None,
+    )
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("activation", [None, *testing.ACTIVATIONS])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_activation(isa, activation, dtype):
+    with testing.forced_isa(isa):
+        for m, n, k in [(1, 9, 40), (5, 17, 3), (37, 50, 129)]:  # dot products, and tiles with tails
+            check(*make(m, n, k, dtype), activation, name=f"{isa} {activation} {m}x{n}x{k}")
+
+
+@pytest.mark.parametrize("activation", testing.ACTIVATIONS)
+def test_activation_at_extremes(activation):
+    z = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-6, 3.0, -3.0, 6.0, 20.0, 20.5, -20.0, 88.0, -88.0, -104.0, 1e4, -1e4])
+    z = torch.cat([z, torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -3e38]), torch.linspace(-12, 12, 4001)])
+    one = torch.ones(1, 1)
+    for isa in ISAS:
+        with testing.forced_isa(isa):
+            ours = linear(z[:, None], one, activation=activation)[:, 0]
+        oracle = reference.activate(z.double(), activation)
+        torch.testing.assert_close(ours.double(), oracle.float().double(), rtol=2e-6, atol=4e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_whole_numbers_are_exact_at_every_edge_of_the_tile(isa):
+    """Tile heights 1..15, widths around one and two vectors, depths around a K block: equal to the last bit."""
+    with testing.forced_isa(isa):
+        for dtype in (torch.float32, torch.float64):
+            for m in (1, 2, 3, 4, 5, 6, 7, 12, 13, 15, 17, 29):
+                for n in (1, 3, 4, 5, 8, 9, 15, 16, 17, 31, 33, 65):
+                    for k in (1, 2, 7, 8, 63, 65):
+                        x, w = testing.integers((m, k), dtype), testing.integers((n, k), dtype)
+                        assert torch.equal(linear(x, w), x @ w.t()), (isa, dtype, m, n, k)
+            for k in (255, 256, 257, 512, 521, 1031):
+                for m, n in [(1, 5), (6, 16), (23, 35), (300, 40)]:
+                    x, w = testing.integers((m, k), dtype), testing.integers((n, k), dtype)
+                    assert torch.equal(linear(x, w), x @ w.t()), (isa, dtype, m, n, k)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.HALF_DTYPES)
+def test_whole_numbers_are_exact_in_half_dtypes(isa, dtype):
+    with testing.forced_isa(isa):
+        for m, n, k in [(1, 3, 5), (7, 17, 33), (30, 50, 61), (19, 130, 600), (200, 40, 700)]:
+            x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1)
+            assert torch.equal(linear(x, w), (x.float() @ w.float().t()).to(dtype)), (isa, m, n, k)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_layouts_and_leading_dimensions(dtype, layout):
+    for m, n, k in [(1, 9, 40), (5, 17, 3), (40, 50, 129)]:
+        check(*make(m, n, k, dtype, layout), name=f"{layout} {m}x{n}x{k}")
+    x = testing.random((2, 3, 4, 21), dtype).transpose(0, 2)
+    w, b = testing.random((7, 21), dtype), testing.random((14,), dtype)[::2]
+    check(x, w, b)
+    check(x[0, 0, 0], w, b)
+    testing.assert_close_to_oracle(linear(x, w[0]), F.linear(x.double(), w[0].double()), torch.full((), 40.0))
+
+
+def test_empty():
+    for shape, n in [((0, 5), 3), ((5, 0), 3), ((2, 0, 4), 3), ((5, 4), 0)]:
+        x, w, b = torch.randn(shape, requires_grad=True), torch.randn(n, shape[-1], requires_grad=True), torch.randn(n)
+        ours, stock = linear(x, w, b), F.linear(x, w, b)
+        assert torch.equal(ours, stock)
+        for ours, stock in zip(
+            torch.autograd.grad(ours.sum(), (x, w)), torch.autograd.grad(stock.sum(), (x, w)), strict=True
+        ):
+            assert torch.equal(ours, stock)
+
+
+def test_bias_of_one_element_is_broadcast():
+    x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(1, requires_grad=True)
+    ours, stock = linear(x, w, b), F.linear(x, w, b)
+    torch.testing.assert_close(ours, stock)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), b), torch.autograd.grad(stock.sum(), b))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_nothing_is_touched_out_of_bounds(isa, side, dtype):
+    with testing.forced_isa(isa):
+        for m, n, k in [(1, 1, 1), (1, 17, 33), (3, 5, 70), (7, 9, 11), (19, 33, 65), (5, 40, 300), (30, 3, 70)]:
+            tensors = [testing.guarded(t, side) for t in make(m, n, k, dtype)]
+            x, w, b = (t.requires_grad_() for t in tensors)
+            grad = testing.guarded(testing.random((m, n), dtype), side)
+            with testing.guarded_outputs(side):
+                y = linear(x, w, b, activation="gelu")
+                grads = torch.autograd.grad(y, (x, w, b), grad)
+                packed = linear(x.detach(), w.detach(), b.detach(), packed=ops.linear_pack(w.detach()))
+            assert all(t.isfinite().all() for t in (y, packed, *grads))
+
+
+def grads_of(f, x, w, b, grad):
+    leaves = [t.detach().clone().requires_grad_() if t.stride() == t.contiguous().stride() else t.detach().requires_grad_()
+              for t in (x, w, b)]  # fmt: skip
+    return torch.autograd.grad(f(*leaves), leaves, grad)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu", "softplus"])
+def test_backward(isa, dtype, activation):
+    for m, n, k in [(1, 5, 7), (2, 33, 40), (3, 17, 20), (33, 40, 70), (150, 19, 31)]:
+        x, w, b = make(m, n, k, dtype)
+        grad = testing.random((m, n), dtype)
+        with testing.forced_isa(isa):
+            ours = grads_of(lambda x, w, b: linear(x, w, b, activation=activation), x, w, b, grad)
+        double = [t.double() for t in (x, w, b, grad)]
+        oracle = grads_of(lambda x, w, b: reference.linear(x, w, b, activation), *double)
+        stock = grads_of(lambda x, w, b: reference.activate(F.linear(x, w, b), activation), x, w, b, grad)
+        g, scale = double[3].abs() * 1.2, 1.0
+        if dtype in testing.HALF_DTYPES:  # g is rounded to the dtype before it is summed, as in torch
+            scale += 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 8
+        magnitudes = (g @ double[1].abs(), g.t() @ double[0].abs(), g.sum(0))
+        for name, one, want, its, size in zip("xwb", ours, oracle, stock, magnitudes, strict=True):
+            testing.assert_close_to_oracle(one, want, size * scale + 1e-3, its, name=f"{isa} {m}x{n}x{k} d{name}")
+
+
+@pytest.mark.parametrize("activation", [None, *testing.ACTIVATIONS])
+def test_gradcheck(activation):
+    x, w, b = (t.requires_grad_() for t in make(4, 3, 5, torch.float64))
+    f = lambda x, w, b: linear(x, w, b, activation=activation)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (x, w, b))
+    assert torch.autograd.gradgradcheck(f, (x, w, b))
+    assert torch.autograd.gradcheck(lambda x, w: linear(x, w, None, activation=activation), (x, w.detach()))
+
+
+def test_gradients_with_odd_strides():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: linear(x, w.t(), activation="tanh").t().sum(1), (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: linear(x[:, ::2], w.t()[:, ::2]).expand(2, 5, 4), (x, w))
+
+
+@pytest.mark.parametrize("shape", [(3, 200, 300), (64, 300, 700), (257, 65, 128), (500, 7, 90)])
+def test_threads_change_no_bit(shape):
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.manual_seed(1)
+        x, w, b = (t.requires_grad_() for t in make(*shape))
+        with testing.threads(count):
+            y = linear(x, w, b, activation="gelu")
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, w, b))))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+def test_opcheck():
+    x, w, b = (t.requires_grad_() for t in make(3, 4, 5))
+    grad, saved = torch.randn(3, 4), torch.randn(3, 4)
+    torch.library.opcheck(ops.linear, (x, w, b, "gelu"))
+    torch.library.opcheck(ops.linear, (x, w, None))
+    torch.library.opcheck(ops.linear_train, (x.detach(), w.detach(), b.detach(), "gelu"))
+    torch.library.opcheck(ops.linear_backward, (grad.requires_grad_(), x, w, b, saved, "gelu", [True, True, True]))
+    torch.library.opcheck(ops.linear_backward, (grad, x, w, None, None, None, [True, False, False]))
+    torch.library.opcheck(ops.linear_pack, (w.detach(),))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(backend):
+    module = fastnn.nn.Linear(6, 5, activation="gelu")
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    x = torch.randn(3, 6, requires_grad=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    inputs = (x, *module.parameters())
+    for ours, eager in zip(
+        torch.autograd.grad(compiled(x).sum(), inputs), torch.autograd.grad(module(x).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_no_aten_matmul_runs():
+    module = fastnn.nn.Linear(33, 40, activation="silu")
+    for rows in (1, 30):
+        x = torch.randn(rows, 33, requires_grad=True)
+        testing.assert_own_kernels(lambda x=x: module(x).sum().backward())
+
+
+def test_opinfo_samples():
+    """Every sample that PyTorch tests F.linear with, its error inputs included."""
+    (info,) = [op for op in op_db if op.name == "nn.functional.linear"]
+    for dtype in testing.DTYPES:
+        for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+            stock = F.linear(sample.input, *sample.args, **sample.kwargs)
+            ours = linear(sample.input, *sample.args, **sample.kwargs)
+            assert ours.stride() == stock.stride() and ours.requires_grad == stock.requires_grad
+            torch.testing.assert_close(ours, stock)
+            leaves = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor) and t.requires_grad]
+            grad = torch.randn_like(stock)
+            for a, b in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(stock, leaves, grad), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "text"),
+    [
+        ((torch.ones(3, 4), torch.ones(5, 3)), RuntimeError, "in_features = 3"),
+        ((torch.ones(3, 4), torch.ones(5, 4), torch.ones(4)), RuntimeError, r"bias must be \[out_features\]"),
+        ((torch.ones(3, 4), torch.ones(5, 4).double()), RuntimeError, "dtype of input"),
+        ((torch.tensor(1.0), torch.ones(5, 4)), RuntimeError, "at least one dimension"),
+        (([1.0], torch.ones(5, 4)), TypeError, "input must be a Tensor; got list"),
+        ((torch.ones(3, 4), torch.ones(5, 4), 1.0), TypeError, "bias must be a Tensor"),
+    ],
+)
+def test_errors_are_of_torchs_kind(args, error, text):
+    with pytest.raises(error):
+        F.linear(*args)
+    with pytest.raises(error, match=f"fastnn.linear: .*{text}"):
+        linear(*args)
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="activation must be None or one of relu, gelu.*got 'swish'"):
+        linear(torch.ones(1, 2), torch.ones(3, 2), activation="swish")
+
+
+def test_fallback_serves_what_has_no_kernel():
+    x, w = torch.ones(2, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.int64)
+    assert torch.equal(linear(x, w), F.linear(x, w))
+    fastnn.set_fallback("error")
+    with pytest.raises(RuntimeError, match="dtype torch.int64 has no kernel"):
+        linear(x, w)
+
+    class Logged(torch.Tensor):
+        pass
+
+    fastnn.set_fallback("torch")
+    assert type(linear(torch.ones(2, 3).as_subclass(Logged), torch.ones(4, 3))) is Logged
+
+
+def test_meta_device():
+    assert linear(torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta")).shape == (2, 4)
+    with pytest.raises(RuntimeError, match="in_features"):
+        linear(torch.empty(2, 3, device="meta"), torch.empty(4, 5, device="meta"))
+
+
+# ---------------------------------------------------------------------------------------------------- module
+
+
+def test_module_is_torchs_with_an_activation():
+    stock, ours = torch.nn.Linear(5, 3), fastnn.nn.Linear(5, 3)
+    assert isinstance(ours, torch.nn.Linear) and repr(ours) == repr(stock)
+    assert repr(fastnn.nn.Linear(5, 3, activation="relu")).endswith("bias=True, activation='relu')")
+    ours.load_state_dict(stock.state_dict())
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(ours(x), stock(x))
+
+
+def test_frozen_weights_are_packed_once_and_never_stale():
+    module = fastnn.nn.Linear(40, 30)
+    module._freeze()
+    x = torch.randn(20, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+        first = module._pack[1]
+        module(x)
+        assert module._pack[1] is first
+        module.weight.mul_(2)
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+        module.weight.data = torch.randn(30, 40)
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+        for isa in ISAS:
+            with testing.forced_isa(isa):
+                torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
+    y = module(x)  # with gradients the weight itself is used
+    assert y.requires_grad
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert clone._frozen and clone._pack is None
+        with torch.no_grad():
+            assert torch.equal(clone(x), module(x))
+    module._thaw()
+    assert not module._frozen and "_pack" not in module.__dict__
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_packed_weights_give_the_same_sums(isa, dtype):
+    with testing.forced_isa(isa):
+        for m, n, k in [(1, 5, 7), (3, 17, 300), (20, 33, 257), (40, 1, 3), (5, 4, 0)]:
+            x, w, b = make(m, n, k, dtype)
+            check(x, w, b, "silu", f"{isa} {m}x{n}x{k}", ops.linear_pack(w))
+        with pytest.raises(RuntimeError, match="packed must be what linear_pack made"):
+            linear(torch.ones(5, 4, dtype=dtype), torch.ones(3, 4, dtype=dtype), packed=torch.ones(3))
