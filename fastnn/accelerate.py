@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import _fallback, trace
+from fastnn import _fallback, huggingface, trace
 from fastnn.freeze import _BEFORE
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
@@ -31,7 +31,7 @@ _NAMES = (
     "TransformerDecoderLayer TransformerEncoder TransformerDecoder Transformer"
 ).split()
 _FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in _NAMES if hasattr(fastnn.nn, name)}
-_FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.Linear
+_FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
 _OWN = tuple(set(_FAST.values()))
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
 _REASON = "_fastnn_reason"  # on a module left alone: why, where that cannot be read off it later
@@ -125,10 +125,6 @@ def _shared_copy(model: nn.Module) -> nn.Module:
         ) from e
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__)
-
-
 def _check_module(function: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastnn.{function}: model must be a torch.nn.Module; got {type(model).__name__}.")
@@ -177,12 +173,9 @@ def accelerate(
         _set_class(m, cls)
         m.__dict__.update(attributes)
         m.__dict__[_STOCK] = (stock, tuple(attributes))
-    for m in [m for m in model.modules() if _is_hugging_face(m) and _ATTENTION not in m.__dict__]:
-        from fastnn import huggingface
-
-        former = huggingface.switch(m)
-        if former is not None:
-            m.__dict__[_ATTENTION] = former
+    former = huggingface.switch(model)
+    if former is not None:
+        model.__dict__[_ATTENTION] = former
     if freeze:
         _freeze(model)
     return model
@@ -205,8 +198,6 @@ def restore(model: nn.Module) -> nn.Module:
     for m in model.modules():
         m.__dict__.pop(_REASON, None)
         if _ATTENTION in m.__dict__:
-            from fastnn import huggingface
-
             huggingface.restore(m, m.__dict__.pop(_ATTENTION))
         if _STOCK in m.__dict__:
             stock, added = m.__dict__.pop(_STOCK)
@@ -304,9 +295,15 @@ def explain(model: nn.Module) -> Explanation:
             if not why and m._parameters:
                 why = f"fastnn has no {cls.__name__}"
             rows.append(Row(name, cls.__name__, False, "; ".join(s for s in (why, note) if s)))
-    attention = []
+    return Explanation(rows, list(_attention(model)))
+
+
+def _attention(model: nn.Module) -> Iterator[str]:
+    """Tell, for each Hugging Face model in ``model``, who computes its attention."""
     for name, m in model.named_modules():
-        if _is_hugging_face(m):
-            by = "fastnn" if _ATTENTION in m.__dict__ else "torch"
-            attention.append(f"attention of {name or type(m).__name__}: {by}")
-    return Explanation(rows, attention)
+        if any(c.__name__ == "PreTrainedModel" for c in type(m).__mro__):
+            if getattr(m.config, "_attn_implementation", None) == huggingface.NAME:
+                by = "fastnn"
+            else:
+                by = f"torch: {huggingface.why_not(m) or 'not accelerated'}"
+            yield f"attention of {name or type(m).__name__} served by {by}"

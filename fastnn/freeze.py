@@ -363,8 +363,8 @@ def unfreeze(module: nn.Module) -> None:
         before = m.__dict__.pop(_BEFORE, None)
         if before is not None:
             m.__class__ = before
-        if hasattr(m, "_unfreeze"):
-            m._unfreeze()
+        if hasattr(m, "_thaw"):
+            m._thaw()
 
 
 def notes(module: nn.Module) -> dict[int, str]:
