@@ -4,5 +4,7 @@ __version__ = "0.1.0"
 
 from fastnn import functional, nn
 from fastnn._fallback import get_fallback, set_fallback
+from fastnn.accelerate import accelerate, explain, restore
+from fastnn.freeze import freeze
 
-__all__ = ["functional", "get_fallback", "nn", "set_fallback"]
+__all__ = ["accelerate", "explain", "freeze", "functional", "get_fallback", "nn", "restore", "set_fallback"]

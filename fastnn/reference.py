@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,6 +77,78 @@ def conv2d(
         z = z + bias.to(wide)[:, None, None]
     z = activate(z, activation).to(input.dtype)
     return z if input.dim() == 4 else z[0]
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    philox_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dropout(softmax(cap(scale · Q Kᵀ) + mask)) V and the log-sum-exp of its scores; rows that see no key give zeros.
+
+    Shapes as in :func:`fastnn.functional.scaled_dot_product_attention`; 16-bit inputs are computed in float32.
+    """
+    dtype = query.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    length, keys = query.shape[-2], key.shape[-2]
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    scores = query @ key.transpose(-2, -1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    scores = scores.to(query.dtype)
+    # How far each key lies behind (below zero) or ahead of its query; the window is aligned to the last position.
+    ahead = torch.arange(keys, device=query.device) - torch.arange(length, device=query.device)[:, None]
+    if is_causal:
+        scores = scores.masked_fill(ahead > 0, -math.inf)
+    if window is not None:
+        left, right = window
+        ahead = ahead - (keys - length)
+        if left >= 0:
+            scores = scores.masked_fill(ahead < -left, -math.inf)
+        if right >= 0:
+            scores = scores.masked_fill(ahead > right, -math.inf)
+    unseen = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(unseen, 0)
+    lse = scores.logsumexp(-1).masked_fill(unseen.squeeze(-1), -math.inf)
+    probability = scores.softmax(-1).masked_fill(unseen, 0)
+    if dropout_p > 0:
+        kept = attention_dropout_mask(philox_seed, dropout_p, probability.shape)
+        probability = probability * kept / (1 - dropout_p) if dropout_p < 1 else probability * 0
+    return (probability @ value).to(dtype), lse
+
+
+def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequence[int]) -> Tensor:
+    """Which probabilities ``[*, L, S]`` attention keeps, as csrc/include/fastnn/attention.h defines it (Philox4x32-10)."""
+    *lead, length, keys = shape
+    low = 0xFFFFFFFF
+    device = philox_seed.device
+    key = torch.arange(keys, device=device)
+    x = [
+        (key // 32 * 8 + key % 8).expand(math.prod(lead), length, keys),
+        torch.arange(length, device=device)[:, None],
+        torch.arange(math.prod(lead), device=device)[:, None, None],
+        torch.zeros((), dtype=torch.int64, device=device),
+    ]
+    k0, k1 = philox_seed.reshape(()) & low, (philox_seed.reshape(()) >> 32) & low
+    for _ in range(10):
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57  # 64-bit products; what overflows into the sign is masked off
+        x = [(b >> 32) & low ^ x[1] ^ k0, b & low, (a >> 32) & low ^ x[3] ^ k1, a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    which = key % 32 // 8
+    word = torch.where(which < 2, torch.where(which == 0, x[0], x[1]), torch.where(which == 2, x[2], x[3]))
+    return (word >= min(int(dropout_p * 2**32), low)).reshape(shape)
 
 
 def vjp_of_vjp(
@@ -134,3 +207,64 @@ def _alias(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
+
+
+def rnn_step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], mode: str) -> tuple[Tensor, Tensor | None]:
+    """One step of a recurrent layer: x ``[B, I]``, h ``[B, P]``, c ``[B, H]`` (LSTM) to the next h and c.
+
+    ``weights`` is ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
+    """
+    zx, zh = x @ weights[0].t(), h @ weights[1].t()
+    if len(weights) >= 4:
+        zx, zh = zx + weights[2], zh + weights[3]
+    if mode == "RNN_TANH":
+        return torch.tanh(zx + zh), None
+    if mode == "RNN_RELU":
+        return torch.relu(zx + zh), None
+    if mode == "GRU":
+        (xr, xz, xn), (hr, hz, hn) = zx.chunk(3, 1), zh.chunk(3, 1)
+        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+        n = torch.tanh(xn + r * hn)
+        return (1 - z) * n + z * h, None
+    i, f, g, o = (zx + zh).chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    return (h @ weights[-1].t() if len(weights) % 2 else h), c
+
+
+def rnn(
+    input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor | None, weights: Sequence[Tensor], mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One recurrent layer over a sequence, arguments and results as those of the op ``fastnn::rnn``.
+
+    Args:
+        input: ``[steps, batch, I]``; ``[rows, I]`` of a packed sequence with batch_sizes; ``[batch, I]`` for one step.
+        batch_sizes: ``[steps]``, not increasing, or None.
+        hx, cx: ``[directions, batch, P]`` and ``[directions, batch, H]``; without directions for one step.
+        weights: for each direction as :func:`rnn_step` takes them.
+        mode: ``RNN_TANH RNN_RELU LSTM GRU``.
+
+    Returns:
+        output, h_n (empty for one step), c_n (empty but for LSTM).
+    """
+    empty = input.new_empty(0)
+    if input.dim() == 2 and batch_sizes is None:
+        h, c = rnn_step(input, hx, cx, weights, mode)
+        return h, empty, empty if c is None else c
+    directions = hx.shape[0]
+    each = len(weights) // directions
+    xs = list(input) if batch_sizes is None else list(input.split(batch_sizes.tolist()))
+    outputs, h_n, c_n = [], [], []
+    for d in range(directions):
+        w = weights[d * each : (d + 1) * each]
+        h, c, ys = hx[d], None if cx is None else cx[d], [xs[0]] * len(xs)
+        for t in range(len(xs)) if d == 0 else reversed(range(len(xs))):
+            n = len(xs[t])
+            y, cell = rnn_step(xs[t], h[:n], None if c is None else c[:n], w, mode)
+            ys[t] = y
+            h = torch.cat((y, h[n:]))
+            c = None if c is None else torch.cat((cell, c[n:]))
+        outputs.append(torch.stack(ys) if batch_sizes is None else torch.cat(ys))
+        h_n.append(h)
+        c_n.append(c)
+    return torch.cat(outputs, -1), torch.stack(h_n), empty if cx is None else torch.stack(c_n)

@@ -9,7 +9,9 @@
 namespace fastnn::bindings {
 
 void bind_conv2d(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_rnn(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
 
@@ -31,7 +33,9 @@ void set_cpu_isa(const std::string& name) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_conv2d(m);
+  bind_attention(m);
   bind_linear(m);
+  bind_rnn(m);
   bind_probe(m);
   bind_testing(m);
   m.def("cpu_isas", cpu_isas, "ISAs whose kernels this CPU can run, the best last.");

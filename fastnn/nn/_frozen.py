@@ -30,14 +30,14 @@ class Frozen:
         self.__dict__.pop("_pack", None)
 
     def _packed(self, weight: Tensor, pack: Callable[..., Tensor], *arguments) -> Tensor | None:
-        """The packed copy ``pack(weight, *arguments)``, or None where a gradient, a trace or a device without kernels forbids one."""
+        """``pack(weight, *arguments)``, kept; None where a gradient, a trace or a device without kernels forbids it."""
         if torch.compiler.is_compiling() or weight.device.type != "cpu":
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
         version = 0 if weight.is_inference() else weight._version
-        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa())  # panels are as wide as the ISA
-        stamp = (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, arguments)
+        # Panels are as wide as the vectors of the ISA that runs, so it belongs to the stamp.
+        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa(), arguments)
         if self._pack is None or self._pack[0] != stamp:
             with torch.no_grad():
                 self._pack = (stamp, pack(weight.detach(), *arguments))

@@ -1,0 +1,288 @@
+// Recurrent layers on the CPU: a whole sequence of a layer in one call. Formulas: fastnn/rnn.h.
+//
+// For a block of steps at a time, so that it stays in L2: z = x W_ihᵀ + b of all rows, one matrix product. Then step by
+// step z += h W_hhᵀ, and gates, cells and h from z while it is in L1. Weights are packed once for the sequence, gates of
+// a vector of units next to each other (rnn_tile.inl); few rows do not repay that and use dot products (rnn_packs).
+// z of a row: [panel][slots][lanes], slots: RNN two vectors of units; LSTM i f g o; GRU r z n and apart W_hn h + b_hn.
+//
+// Threads: a thread keeps to its rows or its units for the whole sequence, from x to h; where units are split, h is
+// exchanged with one barrier a step. State is kept in compute type; two buffers, read one and write the other.
+//
+// Bound at batch 1 by loading W_hh from L1/L2 each step, from some MR rows on by the FMA units.
+#pragma once
+
+#include "cpu/activation.inl"
+#include "cpu/barrier.h"
+#include "cpu/rnn_kernels.h"
+#include "cpu/rnn_tile.inl"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+template <class C, int G>
+struct RnnForward {
+  static constexpr int L = kLanes<C>;
+  static constexpr int NV = G == 1 ? 2 : G;            // vectors in a panel
+  static constexpr int SLOTS = G == 1 ? 2 : 4;         // vectors of z for a panel
+  static constexpr int UNITS = G == 1 ? 2 * L : L;     // units of a panel
+  static constexpr int MR = kRnnRows<NV>, PNV = 2, PUNITS = 2 * L;  // P…: of the projection
+
+  const RnnParams& p;
+  const int64_t H = p.hidden_size, P = p.state_size, I = p.input_size, B = p.batch;
+  const bool packs = rnn_packs(p), project = p.weights[0].weight_hr != nullptr;
+  const int64_t panels = (H + UNITS - 1) / UNITS, ppanels = (P + PUNITS - 1) / PUNITS;
+  const int64_t Hs = panels * UNITS, Ps = project ? ppanels * PUNITS : Hs;  // padded row of c, m and of h
+  const RnnRows at{p};
+
+  struct Direction {
+    C *w_ih, *w_hh, *w_hr, *bias;  // packed panels
+    C *h[2], *c, *m;               // [B][Ps], [B][Hs], [B][Hs]: σ(o) tanh(c) before the projection
+    Barrier barrier;
+  };
+  Direction sides[2] = {};
+
+  static int64_t unit(int64_t panel, int v) { return panel * UNITS + (G == 1 ? v * L : 0); }
+  static int gate(int v) { return G == 1 ? 0 : v; }
+
+  void run() {
+    const int64_t weights = packs ? panels * NV * L * (I + P) + (project ? ppanels * PUNITS * H : 0) : 0;
+    const int64_t state = B * (2 * Ps + Hs * (G == 4) + Hs * project), biases = panels * SLOTS * L;
+    const int64_t each = (weights + state + biases + 15) / 16 * 16;
+    Scratch<C> memory(each * p.directions);
+    for (int d = 0; d < p.directions; ++d) {
+      Direction& s = sides[d];
+      C* next = memory + d * each;
+      const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+      s.w_ih = take(packs ? panels * NV * L * I : 0);
+      s.w_hh = take(packs ? panels * NV * L * P : 0);
+      s.w_hr = take(packs && project ? ppanels * PUNITS * H : 0);
+      s.bias = take(biases);
+      s.h[0] = take(B * Ps), s.h[1] = take(B * Ps);
+      s.c = take(G == 4 ? B * Hs : 0);
+      s.m = take(project ? B * Hs : 0);
+    }
+    const double flops = 2.0 * p.directions * p.rows * H * (G * (I + P) + (project ? P : 0));
+    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, [&](int d, int rank, int ranks) {
+      prepare(d, rank, ranks);
+      if (ranks > 1) sides[d].barrier.wait(ranks);
+      const RnnShare mine = rnn_share(p, G, MR, panels, rank, ranks);
+      if (!mine.idle) sequence(d, mine);
+    });
+  }
+
+  // Packs this thread's share of the weights and biases, and lays out the initial state.
+  void prepare(int d, int rank, int ranks) {
+    Direction& s = sides[d];
+    const RnnWeights& w = p.weights[d];
+    const Range r = share(panels, 1, rank, ranks);
+    for (int64_t n = r.begin; n < r.end; ++n) {
+      for (int v = 0; v < NV; ++v) {
+        const int64_t lanes = std::clamp<int64_t>(H - unit(n, v), 0, L), row = gate(v) * H + unit(n, v);
+        if (packs) {
+          rnn_pack_rows(p.dtype, of(w.weight_ih, row * I), I, lanes, I, s.w_ih + n * NV * L * I + v * L, NV * L);
+          rnn_pack_rows(p.dtype, of(w.weight_hh, row * P), P, lanes, P, s.w_hh + n * NV * L * P + v * L, NV * L);
+        }
+        alignas(64) C ih[L] = {}, hh[L] = {};
+        if (w.bias_ih) rnn_widen(p.dtype, of(w.bias_ih, row), lanes, ih);
+        if (w.bias_hh) rnn_widen(p.dtype, of(w.bias_hh, row), lanes, hh);
+        C* bias = s.bias + n * SLOTS * L;
+        if (G == 3 && v == 2) {
+          store(bias + 2 * L, load(ih));
+          store(bias + 3 * L, load(hh));
+        } else {
+          store(bias + v * L, load(ih) + load(hh));
+        }
+      }
+    }
+    if (project && packs) {
+      const Range q = share(ppanels, 1, rank, ranks);
+      for (int64_t n = q.begin; n < q.end; ++n)
+        for (int v = 0; v < PNV; ++v) {
+          const int64_t row = n * PUNITS + v * L, lanes = std::clamp<int64_t>(P - row, 0, L);
+          rnn_pack_rows(p.dtype, of(w.weight_hr, row * H), H, lanes, H, s.w_hr + n * PUNITS * H + v * L, PUNITS);
+        }
+    }
+    const Range b = share(B, 1, rank, ranks);
+    for (int64_t i = b.begin; i < b.end; ++i) {
+      for (C* h : s.h) rnn_widen(p.dtype, of(p.hx, (d * B + i) * P), P, h + i * Ps);
+      if (G == 4) {
+        std::memset(s.c + i * Hs + H, 0, (Hs - H) * sizeof(C));  // padding stays zero, not denormal
+        rnn_widen(p.dtype, of(p.cx, (d * B + i) * H), H, s.c + i * Hs);
+      }
+    }
+  }
+
+  const void* of(const void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+  void* of(void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+
+  // z (+)= a W for panels [begin, end): a packed W, or its own rows by dot products.
+  template <bool STEP>
+  void product(const Direction& s, int d, int64_t rows, const C* const* a, int64_t begin, int64_t end, C* z,
+               int64_t z_stride) const {
+    const int64_t depth = STEP ? P : I;
+    for (int64_t n = begin; n < end; ++n, z += SLOTS * L) {
+      if (packs) {
+        const C* panel = (STEP ? s.w_hh : s.w_ih) + n * NV * L * depth;
+        constexpr int last = STEP && G == 3 ? 3 : NV - 1;
+        rnn_product<C, NV, last, STEP, STEP ? RnnSum::Add : RnnSum::Bias>(rows, depth, a, panel, z, z_stride,
+                                                                          s.bias + n * SLOTS * L);
+        continue;
+      }
+      const void* w = STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih;
+      if (!STEP)
+        for (int64_t i = 0; i < rows; ++i) std::memcpy(z + i * z_stride, s.bias + n * SLOTS * L, SLOTS * L * sizeof(C));
+      for (int v = 0; v < NV && unit(n, v) < H; ++v)
+        rnn_dots<C>(p.dtype, of(w, (gate(v) * H + unit(n, v)) * depth), depth, std::min<int64_t>(H - unit(n, v), L), depth,
+                    rows, a, z + (STEP && G == 3 && v == 2 ? 3 : v) * L, z_stride, true);
+    }
+  }
+
+  void sequence(int d, const RnnShare& mine) {
+    Direction& s = sides[d];
+    const Range own = share(panels, 1, mine.part, mine.parts), pown = share(ppanels, 1, mine.part, mine.parts);
+    const int64_t width = own.end - own.begin, most = std::max<int64_t>(mine.row_end - mine.row_begin, 1);
+    // A row of z is never a multiple of 4 KiB, so that the rows of a panel do not meet in one set of L1.
+    const int64_t z_stride = width * SLOTS * L + 64 / static_cast<int64_t>(sizeof(C));
+    const int64_t row_bytes = (z_stride + I) * sizeof(C);
+    const int64_t block = std::min(std::max<int64_t>({196608 / row_bytes, 48, most}), p.steps * most);
+    const bool convert = rnn_bytes(p.dtype) != sizeof(C);
+    Scratch<C> z(block * z_stride), x(convert ? block * I : 0);
+    Scratch<const C*> a(std::max(block, B));
+    const int64_t chunk = std::max<int64_t>(8192 / (most * SLOTS * L * sizeof(C)), 1);
+    int now = 0;  // the buffer of h that holds the state
+
+    for (int64_t begin = 0, end; begin < p.steps; begin = end) {
+      int64_t rows = 0;
+      for (end = begin; end < p.steps; ++end) {
+        const int64_t t = d ? p.steps - 1 - end : end;
+        const int64_t count = std::min(at.count(t), mine.row_end) - mine.row_begin;
+        if (count <= 0) continue;
+        if (rows + count > block) break;
+        for (int64_t i = 0; i < count; ++i, ++rows) {
+          const void* input = at.input(p, t, mine.row_begin + i);
+          a[rows] = convert ? x + rows * I : static_cast<const C*>(input);
+          if (convert) rnn_widen(p.dtype, input, I, x + rows * I);
+        }
+      }
+      product<false>(s, d, rows, a, own.begin, own.end, z, z_stride);
+
+      C* zs = z;
+      for (int64_t step = begin; step < end; ++step) {
+        const int64_t t = d ? p.steps - 1 - step : step;
+        const int64_t count = std::max<int64_t>(std::min(at.count(t), mine.row_end) - mine.row_begin, 0);
+        // Rows from `leave` on end here: their state is final.
+        const int64_t leave = step + 1 == p.steps ? 0 : d ? B : at.count(t + 1);
+        for (int64_t i = 0; i < count; ++i) a[i] = s.h[now] + (mine.row_begin + i) * Ps;
+        for (int64_t n = own.begin; n < own.end; n += chunk) {
+          const int64_t to = std::min(n + chunk, own.end);
+          C* zc = zs + (n - own.begin) * SLOTS * L;
+          if (count > 0) product<true>(s, d, count, a, n, to, zc, z_stride);
+          pointwise(d, t, mine.row_begin, mine.row_begin + count, n, to, zc, z_stride, s.h[1 - now]);
+          if (!project) emit(d, t, mine.row_begin, count, leave, n * UNITS, std::min(to * UNITS, H), s.h[1 - now]);
+          for (int64_t i = std::max(leave, mine.row_begin); G == 4 && i < mine.row_begin + count; ++i)
+            rnn_narrow(p.dtype, s.c + i * Hs + n * UNITS, std::min(to * UNITS, H) - n * UNITS,
+                       of(p.c_n, (d * B + i) * H + n * UNITS));
+        }
+        if (project) {
+          if (mine.parts > 1) s.barrier.wait(mine.parts);
+          projection(s, d, t, mine.row_begin, count, leave, pown, s.h[1 - now], a);
+        }
+        if (mine.parts > 1) s.barrier.wait(mine.parts);
+        now = 1 - now;
+        zs += count * z_stride;
+      }
+    }
+  }
+
+  // Gates, cells and h of rows [row, row_end) at step t for panels [begin, end).
+  __attribute__((noinline)) void pointwise(int d, int64_t t, int64_t row, int64_t row_end, int64_t begin, int64_t end,
+                                           const C* z, int64_t z_stride, C* h_next) {
+    Direction& s = sides[d];
+    const bool relu = p.mode == RnnMode::Relu;
+    constexpr int kept = G == 4 ? 5 : G == 3 ? 4 : 0;
+    const int64_t first = at.first(t);
+    for (; row < row_end; ++row, z += z_stride) {
+      C* reserve = p.reserve && kept ? static_cast<C*>(p.reserve) + (d * p.rows + first + row) * kept * H : nullptr;
+      C *h = (project ? s.m : h_next) + row * (project ? Hs : Ps), *c = s.c + row * Hs;
+      const C *h_last = (h_next == s.h[0] ? s.h[1] : s.h[0]) + row * Ps, *g = z;
+      for (int64_t n = begin; n < end; ++n, g += SLOTS * L) {
+#pragma GCC unroll 2
+        for (int v = 0; v < (G == 1 ? 2 : 1); ++v) {
+          const int64_t u = unit(n, v), count = H - u;
+          if (count <= 0) break;
+          Vec<C> y;
+          if constexpr (G == 1) {
+            y = load(g + v * L);
+            y = relu ? activate<Activation::Relu, C>(y) : vtanh(y);
+          } else if constexpr (G == 3) {
+            const Vec<C> r = vsigmoid<C>(load(g)), update = vsigmoid<C>(load(g + L)), hn = load(g + 3 * L);
+            const Vec<C> fresh = vtanh(fma(r, hn, load(g + 2 * L)));
+            y = fma(update, load(h_last + u) - fresh, fresh);
+            if (reserve) keep(reserve + u, count, r, update, fresh, hn);
+          } else {
+            const Vec<C> i = vsigmoid<C>(load(g)), f = vsigmoid<C>(load(g + L)), o = vsigmoid<C>(load(g + 3 * L));
+            const Vec<C> fresh = vtanh(load(g + 2 * L));
+            const Vec<C> cell = fma(f, load(c + u), i * fresh);
+            store(c + u, cell);
+            y = o * vtanh(cell);
+            if (reserve) keep(reserve + u, count, i, f, fresh, o, cell);
+          }
+          store(h + u, y);
+        }
+      }
+    }
+  }
+
+  template <class... V>
+  FASTNN_INLINE void keep(C* reserve, int64_t count, V... values) const {
+    int64_t slot = 0;
+    (store_first(reserve + slot++ * H, values, count), ...);
+  }
+
+  // Writes units [begin, end) of the new h of `count` rows to output, and to h_n those from `leave` on.
+  void emit(int d, int64_t t, int64_t row, int64_t count, int64_t leave, int64_t begin, int64_t end, const C* h) {
+    for (int64_t i = row; i < row + count; ++i) {
+      const C* from = h + i * Ps + begin;
+      rnn_narrow(p.dtype, from, end - begin, of(p.output, ((at.first(t) + i) * p.directions + d) * P + begin));
+      if (p.h_n && i >= leave) rnn_narrow(p.dtype, from, end - begin, of(p.h_n, (d * B + i) * P + begin));
+    }
+  }
+
+  // h = m W_hrᵀ for the rows of a step.
+  void projection(Direction& s, int d, int64_t t, int64_t row, int64_t count, int64_t leave, Range own, C* h_next,
+                  const C** a) {
+    for (int64_t i = 0; i < count; ++i) a[i] = s.m + (row + i) * Hs;
+    for (int64_t n = own.begin; n < own.end; ++n) {
+      C* h = h_next + row * Ps + n * PUNITS;
+      if (packs) {
+        if (count > 0)
+          rnn_product<C, PNV, 1, true, RnnSum::Set>(count, H, a, s.w_hr + n * PUNITS * H, h, Ps, nullptr);
+      } else {
+        for (int64_t u = n * PUNITS, v = 0; v < PNV && u < P; ++v, u += L)
+          rnn_dots<C>(p.dtype, of(p.weights[d].weight_hr, u * H), H, std::min<int64_t>(P - u, L), H, count, a, h + v * L,
+                      Ps, false);
+      }
+    }
+    emit(d, t, row, count, leave, own.begin * PUNITS, std::min(own.end * PUNITS, P), h_next);
+  }
+};
+
+template <class F>
+void rnn_with_type(DType dtype, RnnMode mode, const F& f) {
+  const auto with_gates = [&](auto c) {
+    switch (rnn_mode_row(mode).gates) {
+      case 1: return f(c, std::integral_constant<int, 1>{});
+      case 3: return f(c, std::integral_constant<int, 3>{});
+      default: return f(c, std::integral_constant<int, 4>{});
+    }
+  };
+  dtype == DType::Float64 ? with_gates(double{}) : with_gates(float{});
+}
+
+inline void rnn_forward(const RnnParams& params) {
+  if (params.rows == 0) return;
+  rnn_with_type(params.dtype, params.mode, [&](auto c, auto gates) {
+    RnnForward<decltype(c), decltype(gates)::value>{params}.run();
+  });
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA

@@ -1,0 +1,343 @@
+// Gradients of a recurrent layer: back through time in one call. Formulas: fastnn/rnn.h, inputs as training left them.
+//
+// From the last step to the first: dh = grad_output + (gradient of z at the step after) W_hh, one tile product, then the
+// gradients of z from dh, the saved gates and the running dc. They are kept for all rows, [R][G·H] (GRU: dr dz, then dn
+// as W_hh sees it, then as W_ih does), so that after the loop the weights' gradients and the input's are one matrix
+// product each, over all rows, with a fixed order of summation.
+//
+// Threads as in rnn.inl: rows or units apart, one barrier a step where units are. With a projection (proj_size) the
+// step has two products: dh of the state, then through W_hr to the units.
+#pragma once
+
+#include "cpu/rnn.inl"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+// B of a product from a table of its rows, which may lie anywhere.
+template <class C>
+struct RnnRowsB {
+  static constexpr bool kPrepacked = false;
+  const C* const* rows;
+  const C* panel(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* scratch) const {
+    constexpr int L = kLanes<C>, NR = kNR<C>;
+    for (int64_t k = 0; k < depth; ++k) {
+      const C* row = rows[k0 + k] + n0;
+      C* dst = scratch + k * NR;
+      if (cols == NR) {
+        store(dst, load(row));
+        store(dst + L, load(row + L));
+      } else {
+        for (int64_t j = 0; j < NR; ++j) dst[j] = j < cols ? row[j] : C(0);
+      }
+    }
+    return scratch;
+  }
+};
+
+// A of dX = sum over directions of dz W_ih: K runs over directions, gates and units.
+template <class C>
+struct RnnGradientsA {
+  const C* data[2];
+  int64_t width, K, skip_from, skip;  // of a direction: row width, depth; columns from skip_from on lie `skip` further
+  const C* panel(int64_t m0, int64_t rows, int64_t k0, int64_t depth, C* scratch) const {
+    constexpr int MR = kMR<C>;
+    for (int64_t m = 0; m < rows; m += MR) {
+      for (int64_t k = k0, end = k0 + depth, next; k < end; k = next) {
+        const int64_t d = k / K, column = k % K;
+        next = std::min(end, d * K + (column < skip_from ? skip_from : K));
+        pack_panel<MR>(data[d] + (m0 + m) * width + column + (column < skip_from ? 0 : skip), width, 1,
+                       std::min<int64_t>(MR, rows - m), next - k, scratch + m * depth + (k - k0) * MR);
+      }
+    }
+    return scratch;
+  }
+};
+
+template <class C>
+struct RnnStore {
+  C* output;
+  int64_t ld;
+  C* in_place(int64_t m, int64_t n, int64_t& stride) const {
+    stride = ld;
+    return output + m * ld + n;
+  }
+  template <int ROWS>
+  FASTNN_INLINE bool direct(const TilePlace<C>& place, Tile<C, ROWS>& tile) const {
+    for (int i = 0; i < ROWS && i < place.rows; ++i) {
+      C* row = output + (place.m + i) * ld + place.n;
+      store(row, tile.acc[i][0]);
+      store(row + kLanes<C>, tile.acc[i][1]);
+    }
+    return true;
+  }
+  void finish(const TilePlace<C>& place, const C* tile) const {
+    for (int64_t i = 0; i < place.rows; ++i)
+      for (int64_t j = 0; j < place.cols; ++j) output[(place.m + i) * ld + place.n + j] = tile[i * kNR<C> + j];
+  }
+};
+
+template <class C, int G>
+struct RnnBackward {
+  static constexpr int L = kLanes<C>, UNITS = 2 * L, KEPT = G == 4 ? 5 : G == 3 ? 4 : 0;
+
+  const RnnBackwardParams& b;
+  const RnnParams& p = b.forward;
+  const int64_t H = p.hidden_size, P = p.state_size, I = p.input_size, B = p.batch, R = p.rows, S = p.steps;
+  const int64_t D = p.directions, ld = D * P;
+  const bool project = p.weights[0].weight_hr != nullptr, convert = rnn_bytes(p.dtype) != sizeof(C);
+  const int64_t panels = (H + UNITS - 1) / UNITS, ppanels = (P + UNITS - 1) / UNITS;
+  const int64_t Hs = panels * UNITS, Ps = ppanels * UNITS, W = (G == 3 ? 4 : G) * H;  // W: row of dz
+  const RnnRows at{p};
+  // A half dtype is widened once: what is read row by row, and what the last products read and write.
+  Scratch<C> wide_grad{convert && b.grad_output ? R * ld : 0}, wide_output{convert ? R * ld : 0},
+      wide_hx{convert ? D * B * P : 0}, wide_cx{convert && p.cx ? D * B * H : 0};
+  const C *grad_output = nullptr, *output = nullptr, *hx = nullptr, *cx = nullptr;
+
+  struct Direction {
+    C *w_hh, *w_hr;       // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
+    C *dh, *dm, *dc;      // [B][Ps], [B][Hs], [B][Hs]
+    C *dz, *dhp, *m;      // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
+    const C** h_last;     // [R] rows of the state before
+    Barrier barrier;
+  };
+  Direction sides[2] = {};
+
+  const void* of(const void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+  void* of(void* base, int64_t index) const { return rnn_at(base, p.dtype, index); }
+
+  // The array in compute type: itself, or widened into memory.
+  const C* wide(const void* from, int64_t count, C* memory) const {
+    if (!convert || !from) return static_cast<const C*>(from);
+    parallel(worth_threads(p.threads, 0, 2.0 * count), [&](int thread, int threads) {
+      const Range r = share(count, 1024, thread, threads);
+      rnn_widen(p.dtype, of(from, r.begin), r.end - r.begin, memory + r.begin);
+    });
+    return memory;
+  }
+
+  void run() {
+    grad_output = wide(b.grad_output, R * ld, wide_grad), output = wide(p.output, R * ld, wide_output);
+    hx = wide(p.hx, D * B * P, wide_hx), cx = wide(p.cx, D * B * H, wide_cx);
+    const int64_t sizes[] = {ppanels * UNITS * G * H, project ? panels * UNITS * P : 0, B * Ps, project ? B * Hs : 0,
+                             G == 4 ? B * Hs : 0, R * W, project ? R * P : 0, project ? R * H : 0};
+    int64_t each = 0;
+    for (int64_t size : sizes) each += (size + 15) / 16 * 16;
+    Scratch<C> memory(each * p.directions);
+    Scratch<const C*> tables(R * (D + 2));
+    for (int d = 0; d < p.directions; ++d) {
+      Direction& s = sides[d];
+      C* next = memory + d * each;
+      C** const slots[] = {&s.w_hh, &s.w_hr, &s.dh, &s.dm, &s.dc, &s.dz, &s.dhp, &s.m};
+      for (int i = 0; i < 8; ++i) *slots[i] = next, next += (sizes[i] + 15) / 16 * 16;
+      s.h_last = tables + d * R;
+    }
+    const double flops = 2.0 * p.directions * R * H * (G * P + (project ? P : 0));
+    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, [&](int d, int rank, int ranks) {
+      prepare(d, rank, ranks);
+      if (ranks > 1) sides[d].barrier.wait(ranks);
+      const RnnShare mine = rnn_share(p, G, kRnnRows<2>, ppanels, rank, ranks);
+      if (!mine.idle) sequence(d, mine);
+    });
+    finish(tables + D * R, tables + (D + 1) * R);
+  }
+
+  void prepare(int d, int rank, int ranks) {
+    Direction& s = sides[d];
+    const RnnWeights& w = p.weights[d];
+    const Range q = share(ppanels, 1, rank, ranks), r = share(panels, 1, rank, ranks), rows = share(B, 1, rank, ranks);
+    for (int64_t n = q.begin; n < q.end; ++n)
+      rnn_pack_columns(p.dtype, of(w.weight_hh, n * UNITS), P, std::min<int64_t>(P - n * UNITS, UNITS), G * H,
+                       s.w_hh + n * UNITS * G * H);
+    for (int64_t n = r.begin; project && n < r.end; ++n)
+      rnn_pack_columns(p.dtype, of(w.weight_hr, n * UNITS), H, std::min<int64_t>(H - n * UNITS, UNITS), P,
+                       s.w_hr + n * UNITS * P);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      std::memset(s.dh + i * Ps, 0, Ps * sizeof(C));
+      if (b.grad_h_n) rnn_widen(p.dtype, of(b.grad_h_n, (d * B + i) * P), P, s.dh + i * Ps);
+      if (G == 4) std::memset(s.dc + i * Hs, 0, Hs * sizeof(C));
+      if (G == 4 && b.grad_c_n) rnn_widen(p.dtype, of(b.grad_c_n, (d * B + i) * H), H, s.dc + i * Hs);
+    }
+    const Range steps = share(S, 1, rank, ranks);
+    for (int64_t t = steps.begin; t < steps.end; ++t)
+      for (int64_t i = 0; i < at.count(t); ++i) {
+        const int64_t row = row_before(d, t, i);
+        s.h_last[at.first(t) + i] = row < 0 ? hx + (d * B + i) * P : output + row * ld + d * P;
+      }
+  }
+
+  // The row of the step before (in the direction's time) of batch entry i, or -1: the initial state.
+  int64_t row_before(int d, int64_t t, int64_t i) const {
+    if (d == 0) return t > 0 ? at.first(t - 1) + i : -1;
+    return t + 1 < S && i < at.count(t + 1) ? at.first(t + 1) + i : -1;
+  }
+
+  // dh of the step before, from dz of step t.
+  void recur(const Direction& s, int64_t t, const RnnShare& mine, Range own, const C** a) const {
+    const int64_t count = std::min(at.count(t), mine.row_end) - mine.row_begin;
+    if (count <= 0) return;
+    for (int64_t i = 0; i < count; ++i) a[i] = s.dz + (at.first(t) + mine.row_begin + i) * W;
+    for (int64_t n = own.begin; n < own.end; ++n)
+      rnn_product<C, 2, 1, true, G == 3 ? RnnSum::Add : RnnSum::Set>(count, G * H, a, s.w_hh + n * UNITS * G * H,
+                                                                     s.dh + mine.row_begin * Ps + n * UNITS, Ps, nullptr);
+  }
+
+  void sequence(int d, const RnnShare& mine) {
+    Direction& s = sides[d];
+    const Range own = share(panels, 1, mine.part, mine.parts), pown = share(ppanels, 1, mine.part, mine.parts);
+    Scratch<const C*> a(B);
+    for (int64_t step = S - 1; step >= 0; --step) {
+      const int64_t t = d ? S - 1 - step : step;
+      if (step < S - 1) recur(s, d ? t - 1 : t + 1, mine, pown, a);
+      const int64_t begin = mine.row_begin, count = std::min(at.count(t), mine.row_end) - begin;
+      if (project) {
+        const int64_t from = pown.begin * UNITS, to = std::min(pown.end * UNITS, P);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = at.first(t) + begin + i;
+          const C* grad = grad_output ? grad_output + row * ld + d * P : nullptr;
+          for (int64_t u = from; u < to; ++u)
+            s.dhp[row * P + u] = s.dh[(begin + i) * Ps + u] + (grad ? grad[u] : C(0));
+          a[i] = s.dhp + row * P;
+        }
+        if (mine.parts > 1) s.barrier.wait(mine.parts);
+        for (int64_t n = own.begin; count > 0 && n < own.end; ++n)
+          rnn_product<C, 2, 1, true, RnnSum::Set>(count, P, a, s.w_hr + n * UNITS * P, s.dm + begin * Hs + n * UNITS, Hs,
+                                                  nullptr);
+      }
+      for (int64_t i = begin; i < begin + count; ++i)
+        pointwise(s, d, t, i, own.begin * UNITS, std::min(own.end * UNITS, H));
+      if (mine.parts > 1) s.barrier.wait(mine.parts);
+    }
+    if (b.grad_hx) recur(s, d ? S - 1 : 0, mine, pown, a);
+    // Each part writes its own columns.
+    const int64_t u = pown.begin * UNITS, v = own.begin * UNITS;
+    for (int64_t i = mine.row_begin; i < mine.row_end; ++i) {
+      if (b.grad_hx)
+        rnn_narrow(p.dtype, s.dh + i * Ps + u, std::min(pown.end * UNITS, P) - u, of(b.grad_hx, (d * B + i) * P + u));
+      if (b.grad_cx && G == 4)
+        rnn_narrow(p.dtype, s.dc + i * Hs + v, std::min(own.end * UNITS, H) - v, of(b.grad_cx, (d * B + i) * H + v));
+    }
+  }
+
+  // Gradients of z for batch entry i at step t, units [begin, end).
+  __attribute__((noinline)) void pointwise(Direction& s, int d, int64_t t, int64_t i, int64_t begin, int64_t end) {
+    const bool relu = p.mode == RnnMode::Relu;
+    const int64_t row = at.first(t) + i, before = row_before(d, t, i);
+    const C* grad = grad_output && !project ? grad_output + row * ld + d * P : nullptr;
+    const C* y_row = output + row * ld + d * P;
+    const C* reserve = static_cast<const C*>(p.reserve) + (d * R + row) * KEPT * H;
+    const C* c_last = before < 0 ? nullptr : static_cast<const C*>(p.reserve) + (d * R + before) * KEPT * H + 4 * H;
+    const C* c_first = cx + (d * B + i) * H;
+    C *dz = s.dz + row * W, *dh = project ? s.dm + i * Hs : s.dh + i * Ps;
+    for (int64_t u = begin; u < end; u += L) {
+      const int64_t n = end - u;
+      Vec<C> g = load(dh + u);
+      if (grad) g += load_first(grad + u, n);
+      const auto saved = [&](int slot) { return load_first(reserve + slot * H + u, n); };
+      if constexpr (G == 1) {
+        const Vec<C> y = load_first(y_row + u, n);
+        g = relu ? activate_backward<Activation::Relu, C>(g, y) : activate_backward<Activation::Tanh, C>(g, y);
+        store_first(dz + u, g, n);
+      } else if constexpr (G == 3) {
+        const Vec<C> r = saved(0), update = saved(1), fresh = saved(2), hn = saved(3);
+        const Vec<C> da = g * (C(1) - update) * (C(1) - fresh * fresh);
+        store_first(dz + u, da * hn * r * (C(1) - r), n);
+        store_first(dz + H + u, g * (load_first(s.h_last[row] + u, n) - fresh) * update * (C(1) - update), n);
+        store_first(dz + 2 * H + u, da * r, n);
+        store_first(dz + 3 * H + u, da, n);
+        store(dh + u, g * update);
+      } else {
+        const Vec<C> in = saved(0), f = saved(1), fresh = saved(2), o = saved(3), th = vtanh(saved(4));
+        const Vec<C> last = c_last ? load_first(c_last + u, n) : load_first(c_first + u, n);
+        const Vec<C> dc = fma(g * o, C(1) - th * th, load(s.dc + i * Hs + u));
+        store_first(dz + u, dc * fresh * in * (C(1) - in), n);
+        store_first(dz + H + u, dc * last * f * (C(1) - f), n);
+        store_first(dz + 2 * H + u, dc * in * (C(1) - fresh * fresh), n);
+        store_first(dz + 3 * H + u, g * th * o * (C(1) - o), n);
+        store(s.dc + i * Hs + u, dc * f);
+        if (project) store_first(s.m + row * H + u, o * th, n);
+      }
+    }
+  }
+
+  // Calls f(C* target) and puts what it wrote where it belongs.
+  template <class F>
+  void result(void* out, int64_t count, const F& f) const {
+    if (!out) return;
+    Scratch<C> memory(convert ? count : 0);
+    f(convert ? memory.data() : static_cast<C*>(out));
+    if (convert)
+      parallel(worth_threads(p.threads, 0, 2.0 * count), [&](int thread, int threads) {
+        const Range r = share(count, 1024, thread, threads);
+        rnn_narrow(p.dtype, memory + r.begin, r.end - r.begin, of(out, r.begin));
+      });
+  }
+
+  // The gradients that are one product over all rows.
+  void finish(const C** x_rows, const C** m_rows) {
+    Scratch<C> wide_input(convert ? R * I : 0);
+    for (int64_t t = 0; t < S; ++t)
+      for (int64_t i = 0; i < at.count(t); ++i) {
+        const int64_t row = at.first(t) + i;
+        if (convert) rnn_widen(p.dtype, at.input(p, t, i), I, wide_input + row * I);
+        x_rows[row] = convert ? wide_input + row * I : static_cast<const C*>(at.input(p, t, i));
+      }
+    const auto weight = [&](C* out, int64_t rows, int64_t cols, const C* a, int64_t a_ld, const C* const* of) {
+      gemm<C>(rows, cols, R, StridedA<C, C>{a, 1, a_ld}, RnnRowsB<C>{of}, RnnStore<C>{out, cols}, p.threads);
+    };
+    for (int d = 0; d < D; ++d) {
+      const Direction& s = sides[d];
+      const auto& grads = b.grad_weights[d];
+      const int64_t shared = G == 3 ? 2 * H : G * H;  // gates whose dz is the same for W_ih and W_hh
+      result(grads.weight_ih, G * H * I, [&](C* out) {
+        weight(out, shared, I, s.dz, W, x_rows);
+        if (G == 3) weight(out + shared * I, H, I, s.dz + 3 * H, W, x_rows);
+      });
+      result(grads.weight_hh, G * H * P, [&](C* out) { weight(out, G * H, P, s.dz, W, s.h_last); });
+      for (int64_t row = 0; project && row < R; ++row) m_rows[row] = s.m + row * H;
+      result(grads.weight_hr, P * H, [&](C* out) { weight(out, P, H, s.dhp, P, m_rows); });
+      if (grads.bias_ih || grads.bias_hh) biases(s, grads.bias_ih, grads.bias_hh);
+    }
+    const int64_t K = G * H;
+    Scratch<C> wide_weight(convert && b.grad_input ? D * K * I : 0);
+    Scratch<const C*> w_rows(K * D);
+    result(b.grad_input, R * I, [&](C* out) {
+      const RnnGradientsA<C> a = {{sides[0].dz, sides[1].dz}, W, K, G == 3 ? 2 * H : K, G == 3 ? H : 0};
+      for (int64_t d = 0; d < D; ++d) {
+        const C* w = wide(p.weights[d].weight_ih, K * I, wide_weight + d * K * I);
+        for (int64_t k = 0; k < K; ++k) w_rows[d * K + k] = w + k * I;
+      }
+      gemm<C>(R, I, K * D, a, RnnRowsB<C>{w_rows}, RnnStore<C>{out, I}, p.threads);
+    });
+  }
+
+  // Column sums of dz, rows in blocks of 64 so that rounding errors do not pile up.
+  void biases(const Direction& s, void* ih, void* hh) {
+    parallel(worth_threads(p.threads, 1.0 * R * W, 4.0 * R * W), [&](int thread, int threads) {
+      const Range r = share(W, 64, thread, threads);
+      for (int64_t j = r.begin; j < r.end; j += L) {
+        const int64_t n = std::min<int64_t>(L, r.end - j);
+        Vec<C> total = zero<C>();
+        for (int64_t row = 0; row < R; row += 64) {
+          Vec<C> sum = zero<C>();
+          for (int64_t k = row; k < std::min(row + 64, R); ++k) sum += load_first(s.dz + k * W + j, n);
+          total += sum;
+        }
+        for (int64_t lane = 0; lane < n; ++lane) {
+          const int64_t column = j + lane;
+          const C value = total[lane];
+          if (ih && (G != 3 || column < 2 * H || column >= 3 * H))
+            rnn_narrow(p.dtype, &value, 1, of(ih, G == 3 && column >= 3 * H ? column - H : column));
+          if (hh && column < G * H) rnn_narrow(p.dtype, &value, 1, of(hh, column));
+        }
+      }
+    });
+  }
+};
+
+inline void rnn_backward(const RnnBackwardParams& params) {
+  rnn_with_type(params.forward.dtype, params.forward.mode, [&](auto c, auto gates) {
+    RnnBackward<decltype(c), decltype(gates)::value>{params}.run();
+  });
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA

@@ -1,0 +1,264 @@
+"""rnn: recurrent layers over whole sequences, and their cells, in one kernel call for a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, _VF
+
+from fastnn import _fallback, reference
+from fastnn._library import _C
+
+_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
+_RESERVED = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 5, "GRU": 4}
+_STACKS = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm, "GRU": _VF.gru}
+
+
+def _layer(input, batch_sizes, hx, cx, weights, mode):
+    """The op on one layer, or None where no kernel takes these tensors."""
+    if torch.compiler.is_compiling():
+        if _fallback.why_not(input, hx, cx, *weights) is not None:
+            return None
+        return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode)
+    return _C.rnn(input, batch_sizes, hx, cx, weights, mode)
+
+
+def rnn(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    *,
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""Run a stack of recurrent layers over a sequence; each layer is one kernel call.
+
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh, \mathrm{relu}; \text{ LSTM and GRU as in torch}
+
+    Args:
+        input: ``[steps, batch, input_size]``, ``[batch, steps, input_size]`` with ``batch_first``, or with
+            ``batch_sizes`` the data of a PackedSequence; float32, float64, bfloat16 or float16.
+        batch_sizes: int64 ``[steps]`` of a PackedSequence, or None.
+        hx: initial states ``[num_layers * directions, batch, state_size]``, state_size being proj_size or hidden_size.
+        cx: initial cells ``[num_layers * directions, batch, hidden_size]`` for LSTM, else None.
+        weights: flat, for each layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
+        mode: ``RNN_TANH``, ``RNN_RELU``, ``LSTM`` or ``GRU``.
+        has_biases, num_layers, dropout, train, bidirectional, batch_first: as in ``torch.lstm``.
+
+    Returns:
+        output, h_n, and c_n for LSTM (else None), shaped as torch's. States are kept in float32 between steps
+        (float64 for float64).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together, or an empty sequence.
+        ValueError: an unknown mode.
+
+    Source: ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``; kernels in ``csrc/cpu/rnn.inl``.
+    """
+    directions = 2 if bidirectional else 1
+    each = len(weights) // num_layers
+    x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
+    h_n, c_n = [], []
+    for layer in range(num_layers):
+        span = slice(layer * directions, (layer + 1) * directions)
+        single = num_layers == 1
+        y = _layer(
+            x,
+            batch_sizes,
+            hx if single else hx[span],
+            cx if single or cx is None else cx[span],
+            list(weights[layer * each : (layer + 1) * each]),
+            mode,
+        )
+        if y is None:
+            return _stack(
+                input, batch_sizes, hx, cx, weights, mode, has_biases, num_layers, dropout, train, bidirectional, batch_first
+            )
+        x = y[0]
+        h_n.append(y[1])
+        c_n.append(y[2])
+        if dropout > 0 and train and layer + 1 < num_layers:
+            x = F.dropout(x, dropout, True)
+    if batch_first and batch_sizes is None:
+        x = x.transpose(0, 1)
+    join = torch.cat if num_layers > 1 else lambda states: states[0]
+    return x, join(h_n), None if cx is None else join(c_n)
+
+
+def _stack(input, batch_sizes, hx, cx, weights, mode, has_biases, num_layers, dropout, train, bidirectional, batch_first):
+    """torch's own operator for the whole stack."""
+    states = hx if cx is None else (hx, cx)
+    rest = (list(weights), has_biases, num_layers, dropout, train, bidirectional)
+
+    def call():
+        if batch_sizes is None:
+            return _STACKS[mode](input, states, *rest, batch_first)
+        return _STACKS[mode](input, batch_sizes, states, *rest)
+
+    y = _fallback.fallback("rnn", (input, hx, cx, *weights), call)
+    return (*y, None) if cx is None else y
+
+
+def _cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode, stock):
+    weights = [w_ih, w_hh]
+    if b_ih is not None or b_hh is not None:
+        weights += [b if b is not None else w_ih.new_zeros(w_ih.shape[0]) for b in (b_ih, b_hh)]
+    if input.dim() != 2:
+        torch._check(False, lambda: f"fastnn.rnn: input must be [batch, input_size]; got {list(input.shape)}.")
+    y = _layer(input, None, hx, cx, weights, mode)
+    if y is None:
+        states = hx if cx is None else (hx, cx)
+        return _fallback.fallback("rnn", (input, hx, cx, *weights), lambda: stock(input, states, w_ih, w_hh, b_ih, b_hh))
+    return y[0] if cx is None else (y[0], y[2])
+
+
+def rnn_tanh_cell(
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    r"""One step of an Elman network.
+
+    .. math:: h' = \tanh(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    Args:
+        input: ``[batch, input_size]``; float32, float64, bfloat16 or float16.
+        hx: ``[batch, hidden_size]``.
+        w_ih, w_hh: ``[hidden_size, input_size]`` and ``[hidden_size, hidden_size]``.
+        b_ih, b_hh: ``[hidden_size]`` or None.
+
+    Returns:
+        h', ``[batch, hidden_size]``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+
+    Source: ``torch.rnn_tanh_cell``.
+    """
+    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "RNN_TANH", _VF.rnn_tanh_cell)
+
+
+def rnn_relu_cell(
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    r"""One step of an Elman network with relu, arguments as :func:`rnn_tanh_cell`.
+
+    .. math:: h' = \max(0, W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    Returns:
+        h', ``[batch, hidden_size]``.
+
+    Source: ``torch.rnn_relu_cell``.
+    """
+    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "RNN_RELU", _VF.rnn_relu_cell)
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    r"""One step of a GRU, arguments as :func:`rnn_tanh_cell` with three gates (r, z, n) stacked in weights and biases.
+
+    .. math:: h' = (1 - z) \odot n + z \odot h, \quad n = \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn}))
+
+    Returns:
+        h', ``[batch, hidden_size]``.
+
+    Source: ``torch.gru_cell``.
+    """
+    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "GRU", _VF.gru_cell)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""One step of an LSTM, arguments as :func:`rnn_tanh_cell` with four gates (i, f, g, o) stacked and ``hx = (h, c)``.
+
+    .. math:: c' = \sigma(f) \odot c + \sigma(i) \odot \tanh(g), \quad h' = \sigma(o) \odot \tanh(c')
+
+    Returns:
+        (h', c'), each ``[batch, hidden_size]``.
+
+    Source: ``torch.lstm_cell``.
+    """
+    return _cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh, "LSTM", _VF.lstm_cell)
+
+
+# ---- fakes and second derivatives ------------------------------------------------------------------------------------
+
+
+def _check(input, batch_sizes, hx, cx, weights, mode):
+    """Whether it is one step, and the directions; the rules are those of ``check`` in csrc/bindings/rnn.cpp."""
+    step = input.dim() == 2 and batch_sizes is None
+    size = weights[0].shape[1]
+    torch._check(
+        input.shape[-1] == size,
+        lambda: f"fastnn.rnn: input must have input_size = {size} (weight_ih is {list(weights[0].shape)}) as its last "
+        f"dimension; got {list(input.shape)}.",
+    )
+    for name, tensor in (("hx", hx), ("cx", cx), *(("weights", w) for w in weights)):
+        torch._check(
+            tensor is None or tensor.dtype == input.dtype,
+            lambda: f"fastnn.rnn: {name} must have the dtype of input ({input.dtype}); got {tensor.dtype}.",
+        )
+    return step, 1 if step else hx.shape[0]
+
+
+@torch.library.register_fake("fastnn::rnn")
+def _rnn_fake(input, batch_sizes, hx, cx, weights, mode):
+    step, directions = _check(input, batch_sizes, hx, cx, weights, mode)
+    output = input.new_empty([*input.shape[:-1], directions * hx.shape[-1]])
+    h_n = input.new_empty(0) if step else input.new_empty(hx.shape)
+    return output, h_n, input.new_empty(0 if cx is None else cx.shape)
+
+
+@torch.library.register_fake("fastnn::rnn_train")
+def _(input, batch_sizes, hx, cx, weights, mode):
+    directions = _check(input, batch_sizes, hx, cx, weights, mode)[1]
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+    width = _RESERVED[mode] * (weights[0].shape[0] // _GATES[mode])
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return *_rnn_fake(input, batch_sizes, hx, cx, weights, mode), input.new_empty([directions, rows, width], dtype=dtype)
+
+
+@torch.library.register_fake("fastnn::rnn_backward")
+def _(grad_output, grad_h_n, grad_c_n, input, batch_sizes, hx, cx, weights, output, reserve, mode, output_mask):
+    return (
+        input.new_empty(input.shape) if output_mask[0] else None,
+        hx.new_empty(hx.shape) if output_mask[1] else None,
+        cx.new_empty(cx.shape) if output_mask[2] and cx is not None else None,
+        [w.new_empty(w.shape) for w in weights] if output_mask[3] else [],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    grads, (x, batch_sizes, hx, cx, weights), ctx.mode, ctx.mask = inputs[:3], inputs[3:8], inputs[10], inputs[11]
+    ctx.save_for_backward(*grads, x, batch_sizes, hx, cx, *weights)
+
+
+def _backward(ctx, grad_grad_input, grad_grad_hx, grad_grad_cx, grad_grad_weights):
+    *grads, input, batch_sizes, hx, cx = ctx.saved_tensors[:7]
+    weights = ctx.saved_tensors[7:]
+    arrived = grad_grad_weights if ctx.mask[3] else [None] * len(weights)
+    grad_grads, (g_input, g_hx, g_cx, *g_weights) = reference.vjp_of_vjp(
+        lambda input, hx, cx, *weights: reference.rnn(input, batch_sizes, hx, cx, weights, ctx.mode),
+        (input, hx, cx, *weights),
+        grads,
+        (*ctx.mask[:3], *[ctx.mask[3]] * len(weights)),
+        (grad_grad_input, grad_grad_hx, grad_grad_cx, *arrived),
+    )
+    return *grad_grads, g_input, None, g_hx, g_cx, g_weights, None, None, None, None
+
+
+torch.library.register_autograd("fastnn::rnn_backward", _backward, setup_context=_setup_context)

@@ -1,0 +1,207 @@
+"""RNN, LSTM, GRU and their cells: the modules of torch.nn on fastnn's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastnn import functional
+from fastnn.functional.rnn import rnn
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share. Not subclasses of torch.nn.LSTM and its sisters: on those Dynamo breaks the graph."""
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the kernels pack what they need."""
+
+    def _weights(self) -> list[Tensor]:
+        # By name at each call, so that parametrizations, functional_call and assignments are seen.
+        own = self._parameters
+        return [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        dtype = self._weights()[0].dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        expected_dim = 2 if batch_sizes is not None else 3
+        if input.dim() != expected_dim:
+            raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _check_state_dims(self, hx, is_batched: bool) -> None:
+        wanted, words = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
+        if hx.dim() != wanted:
+            raise RuntimeError(f"For {words} input, hx should also be {wanted}-D but got {hx.dim()}-D tensor")
+
+    def _map(self, f, hx):
+        return f(hx)
+
+    def _zeros(self, input: Tensor, batch):
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        return input.new_zeros(layers, batch, self.proj_size or self.hidden_size)
+
+    def forward(self, input, hx=None):
+        """Run the layers over ``input``; arguments and results are those of the class of this name in ``torch.nn``."""
+        packed = isinstance(input, PackedSequence)
+        batch_sizes = sorted_indices = unsorted_indices = None
+        is_batched, batch_dim = True, 0 if self.batch_first else 1
+        if packed:
+            input, batch_sizes, sorted_indices, unsorted_indices = input
+            batch = batch_sizes[0]
+        else:
+            if input.dim() not in (2, 3):
+                raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+            is_batched = input.dim() == 3
+            if not is_batched:
+                input = input.unsqueeze(batch_dim)
+            batch = input.size(batch_dim)
+        if hx is None:
+            hx = self._zeros(input, batch)
+        else:
+            if not packed:
+                self._check_state_dims(hx, is_batched)
+            if not is_batched:
+                hx = self._map(lambda state: state.unsqueeze(1), hx)
+            hx = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(input, hx, batch_sizes)
+
+        h, c = hx if self.mode == "LSTM" else (hx, None)
+        output, h_n, c_n = rnn(
+            input,
+            batch_sizes,
+            h,
+            c,
+            self._weights(),
+            self.mode,
+            has_biases=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            train=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+        )
+        hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
+        if packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return output, self.permute_hidden(hidden, unsorted_indices)
+        if not is_batched:
+            output, hidden = output.squeeze(batch_dim), self._map(lambda state: state.squeeze(1), hidden)
+        return output, hidden
+
+
+class RNN(_Recurrent):
+    r"""h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNN``."""
+
+    # The constructor of torch.nn.RNN, whose super() would look for that class among ours.
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__("RNN_TANH" if self.nonlinearity == "tanh" else "RNN_RELU", *args, **kwargs)
+
+
+class GRU(_Recurrent):
+    r"""h_t = (1 - z) n + z h_{t-1}; arguments, shapes and state_dict of ``torch.nn.GRU``."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+
+class LSTM(_Recurrent):
+    r"""c_t = f c_{t-1} + i g, h_t = o tanh(c_t); arguments (proj_size too), shapes and state_dict of ``torch.nn.LSTM``."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def _map(self, f, hx):
+        return f(hx[0]), f(hx[1])
+
+    def _zeros(self, input: Tensor, batch):
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        return super()._zeros(input, batch), input.new_zeros(layers, batch, self.hidden_size)
+
+    def _check_state_dims(self, hx, is_batched: bool) -> None:
+        wanted, words = (3, "batched 3-D") if is_batched else (2, "unbatched 2-D")
+        if hx[0].dim() != wanted or hx[1].dim() != wanted:
+            raise RuntimeError(
+                f"For {words} input, hx and cx should also be {wanted}-D but got "
+                f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+
+
+def _check_cell(name: str, input: Tensor, states: dict[str, Tensor]) -> bool:
+    """Whether a cell's arguments are batched; torch's errors where they have too many dimensions."""
+    for what, tensor in {"input": input, **states}.items():
+        if tensor.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
+    return input.dim() == 2
+
+
+class _Cell:
+    """What RNNCell and GRUCell share."""
+
+    def _function(self):
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step; arguments and results are those of the class of this name in ``torch.nn``."""
+        batched = _check_cell(type(self).__name__, input, {} if hx is None else {"hidden": hx})
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            hx = x.new_zeros(x.size(0), self.hidden_size)
+        elif not batched:
+            hx = hx.unsqueeze(0)
+        h = self._function()(x, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return h if batched else h.squeeze(0)
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    r"""h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNNCell``."""
+
+    def _function(self):
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return functional.rnn_tanh_cell if self.nonlinearity == "tanh" else functional.rnn_relu_cell
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    r"""h' = (1 - z) n + z h; arguments, shapes and state_dict of ``torch.nn.GRUCell``."""
+
+    def _function(self):
+        return functional.gru_cell
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    r"""c' = f c + i g, h' = o tanh(c'); arguments, shapes and state_dict of ``torch.nn.LSTMCell``."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step; arguments and results are those of ``torch.nn.LSTMCell``."""
+        states = {} if hx is None else {"hx[0]": hx[0], "hx[1]": hx[1]}
+        batched = _check_cell(type(self).__name__, input, states)
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            zeros = x.new_zeros(x.size(0), self.hidden_size)
+            hx = (zeros, zeros)
+        elif not batched:
+            hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h, c = functional.lstm_cell(x, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
