@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """Two 3×3 convolutions, each with ReLU and 2×2 pooling, and two linear layers. ``layers``: torch.nn or fastnn.nn."""
+    """Two 3×3 convolutions with ReLU and 2×2 pooling, then two linear layers; ``layers`` is torch.nn or fastnn.nn."""
 
     def __init__(self, layers):
         super().__init__()
