@@ -1,7 +1,7 @@
 """Trains a small convolutional network on scikit-learn's handwritten digits, with torch's modules and with fastnn's.
 
-    python examples/cnn.py            both, side by side
-    python examples/cnn.py --stock    torch's own modules only
+python examples/cnn.py            both, side by side
+python examples/cnn.py --stock    torch's own modules only
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Declares weights constant for inference: packs them, folds batch norms into convolutions, fuses activations.
 
-Parameters, buffers and names stay where they are, so the ``state_dict`` of a frozen model is what it was. What is derived
-from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call, and made anew
-when they changed. With gradients wanted, it is computed from the parameters by differentiable operations instead.
+Parameters, buffers and names stay where they are, so the ``state_dict`` of a frozen model is what it was. What is
+derived from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call, and
+made anew when they changed. With gradients wanted, it is computed from the parameters by differentiable operations.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def freeze(module: nn.Module) -> nn.Module:
         module: a module or a whole model, in evaluation mode.
 
     Returns:
-        The same module. Run it under ``torch.inference_mode()`` or ``torch.no_grad()`` to be served from the packed weights.
+        The same module. Packed weights serve under ``torch.inference_mode()`` and ``torch.no_grad()``.
 
     Raises:
         TypeError: if ``module`` is no module.
@@ -310,7 +310,8 @@ def freeze(module: nn.Module) -> nn.Module:
     training = sum(1 for m in module.modules() if m.__dict__.get(_NOTE) == "not folded: in training mode")
     if training:
         warnings.warn(
-            f"fastnn.freeze: {training} BatchNorm2d in training mode were not folded; call model.eval() before.", stacklevel=2
+            f"fastnn.freeze: {training} BatchNorm2d in training mode were not folded; call model.eval() before.",
+            stacklevel=2,
         )
     return module
 

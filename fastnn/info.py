@@ -89,7 +89,9 @@ def _torch(info: Info) -> bool:
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"),
     ]
     if release < (2, 11):
-        info.problems.append(f"torch {torch.__version__} is older than 2.11. Install torch >= 2.11 and build fastnn again.")
+        info.problems.append(
+            f"torch {torch.__version__} is older than 2.11. Install torch >= 2.11 and build fastnn again."
+        )
     return True
 
 
@@ -111,10 +113,13 @@ def _extension(info: Info) -> None:
     asked = os.environ.get("FASTNN_CPU_ISA")
     if asked and asked not in available:
         info.problems.append(
-            f"FASTNN_CPU_ISA={asked} names no ISA that this CPU has. Set it to one of {', '.join(available)}, or unset it."
+            f"FASTNN_CPU_ISA={asked} names no ISA that this CPU has. "
+            f"Set it to one of {', '.join(available)}, or unset it."
         )
     elif chosen == "baseline" and len(available) == 1 and platform.machine() in ("x86_64", "AMD64"):
-        info.problems.append("This CPU has no AVX2 with FMA: the baseline kernels are several times slower than its torch's.")
+        info.problems.append(
+            "This CPU has no AVX2 with FMA: the baseline kernels are several times slower than its torch's."
+        )
 
 
 def _modes(fallback) -> str:

@@ -1,7 +1,7 @@
 """What follows what: reads modules by symbolic tracing, so that freeze fuses only what no input can tell apart.
 
-A module's ``forward`` is run on ``torch.fx`` proxies once for every way its conditions on tensors and optional arguments
-can fall out. What is concluded holds on each of these paths. A module that cannot be traced stays as it is.
+A module's ``forward`` is run on ``torch.fx`` proxies once for every way its conditions on tensors and optional
+arguments can fall out. What is concluded holds on each of these paths. A module that cannot be traced stays as it is.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def test_activations_that_no_kernel_has_stay(activation):
     assert kinds(frozen(nn.Sequential(nn.Linear(9, 4), activation).eval(), x), FusedActivation) == []
 
 
-@pytest.mark.parametrize("options", [{"bias": False}, {"groups": 3}, {"padding": 1, "padding_mode": "reflect"}, {"stride": 2}])
+@pytest.mark.parametrize(
+    "options", [{"bias": False}, {"groups": 3}, {"padding": 1, "padding_mode": "reflect"}, {"stride": 2}]
+)
 @pytest.mark.parametrize("norm", [{}, {"affine": False}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_folding(options, norm, dtype):
@@ -194,7 +196,7 @@ class CallsAPart(nn.Module):
         self.again = self.block[0]
 
     def forward(self, inputs):
-        return torch.cat([self.block(inputs), self.again(inputs)] * len([row for row in inputs]))
+        return torch.cat([self.block(inputs), self.again(inputs)] * sum(1 for _ in inputs))
 
 
 def test_a_part_that_others_call_stays():

@@ -21,7 +21,18 @@ def run(path, **variables):
 def test_what_it_tells():
     found = info.collect()
     rows = dict(found.rows)
-    assert set(rows) >= {"fastnn", "python", "system", "cpu", "torch", "threads", "extension", "kernels", "cuda", "fallback"}
+    assert set(rows) >= {
+        "fastnn",
+        "python",
+        "system",
+        "cpu",
+        "torch",
+        "threads",
+        "extension",
+        "kernels",
+        "cuda",
+        "fallback",
+    }
     assert rows["fastnn"].startswith(fastnn.__version__)
     assert fastnn._library._C.cpu_isa() in rows["kernels"]
     assert "openmp" in rows and "environment" in rows

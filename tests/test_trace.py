@@ -81,7 +81,9 @@ class Same(nn.Conv2d):
     """TensorFlow's padding for an even image and stride 2: one row and one column of zeros at the end."""
 
     def forward(self, x):
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(
+            F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
 
 
 class PadFirst(nn.Conv2d):

@@ -13,8 +13,8 @@ from fastnn._library import _C
 class Frozen:
     """Mixin of the modules whose kernel takes packed weights.
 
-    ``_freeze()`` allows packing and ``_thaw()`` ends it. The packed copy is no part of ``state_dict``, of a pickle or of
-    a deepcopy; it is checked against the weight's storage and version counter at every call, so it is never stale.
+    ``_freeze()`` allows packing and ``_thaw()`` ends it. The packed copy is no part of ``state_dict``, of a pickle or
+    of a deepcopy; it is checked against the weight's storage and version counter at every call, so it is never stale.
     """
 
     _frozen = False
@@ -66,7 +66,7 @@ class Fold:
         return {"norm": self.norm, "_sources": (), "_folded": None}
 
     def tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the folded weight and bias: kept while no source changed, and by autograd where a gradient is wanted."""
+        """Return the folded weight and bias: kept while no source changes, by autograd where a gradient is wanted."""
         norm = self.norm
         sources = (weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
         given = [t for t in sources if t is not None]
