@@ -270,7 +270,7 @@ def test_forms_of_the_arguments():
     for stride, padding, dilation in [
         ([2, 1], [0, 1], [1, 2]),
         ((2,), (1,), (1,)),
-        (torch.tensor(2), torch.tensor(1), True),
+        (torch.tensor(2), torch.tensor(1), 1),
     ]:
         assert torch.allclose(
             conv2d(x, w, None, stride, padding, dilation), F.conv2d(x, w, None, stride, padding, dilation), atol=1e-5
@@ -325,6 +325,9 @@ def check_backward(dtype, activation, layout, size, k, kernel, *arguments, name)
     stock = grads_of(lambda *t: reference.activate(F.conv2d(*t, *arguments), activation), tensors, grad)
     sizes = grads_of(lambda *t: reference.conv2d(*t, *geometry), [t.abs() for t in double], grad.double().abs())
     scale = 1.2
+    if activation == "gelu":  # the sums' own error, times f'' <= 1.2
+        z = reference.conv2d(*(t.abs() for t in double), *geometry)
+        scale += 1.2 * z.max().item()
     if dtype in testing.HALF_DTYPES:  # the gradient behind the activation is rounded to the dtype, as in torch
         scale += 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 8
     for what, one, want, its, magnitude in zip("xwb", ours, oracle, stock, sizes, strict=True):

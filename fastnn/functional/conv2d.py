@@ -35,7 +35,7 @@ def conv2d(
         weight: ``[K, C / groups, R, S]``, of the same dtype.
         bias: ``[K]`` or None.
         stride: an int or a pair.
-        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (the output is as large as the input; where the padding
+        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (output as large as the input; where the padding
             is odd, the greater half goes to the bottom and right).
         dilation: an int or a pair.
         groups: how many groups the channels fall into.
@@ -152,6 +152,7 @@ def _check(input, weight, bias, stride, padding, dilation, groups) -> tuple[list
     format = torch.contiguous_format
     if torch.channels_last in (suggest_memory_format(batched), suggest_memory_format(weight)):
         format = torch.channels_last
+    k = 0 if channels == 0 else k  # torch gives no channels where it gets none
     return [n, k, (rows - reach_h) // stride[0] + 1, (columns - reach_w) // stride[1] + 1], format
 
 
