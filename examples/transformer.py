@@ -1,10 +1,10 @@
-"""Trains a small transformer to guess the next character of Python's standard library, with torch's modules and fastnn's.
+"""Trains a small transformer to guess the next character of Python's library, with torch's modules and with fastnn's.
 
     python examples/transformer.py            both, side by side
     python examples/transformer.py --stock    torch's own modules only
 
-Dropout is drawn from torch's generator by the ``nn.Dropout`` modules of the layers, so both models drop the same units. The
-attention weights themselves are not dropped: inside a fused kernel each library draws its own.
+Dropout is drawn from torch's generator by the ``nn.Dropout`` modules of the layers, so both models drop the same units.
+The attention weights themselves are not dropped: inside a fused kernel each library draws its own.
 """
 
 from __future__ import annotations

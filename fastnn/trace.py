@@ -1,7 +1,7 @@
 """What follows what: reads modules by symbolic tracing, so that freeze fuses only what no input can tell apart.
 
-A module's ``forward`` is run on ``torch.fx`` proxies once for every way its conditions on tensors and optional arguments can
-fall out. What is concluded holds on each of these paths. A module that cannot be traced says nothing, and stays as it is.
+A module's ``forward`` is run on ``torch.fx`` proxies once for every way its conditions on tensors and optional
+arguments can fall out. What is concluded holds on each of these paths. A module that cannot be traced stays as it is.
 """
 
 from __future__ import annotations
@@ -111,10 +111,8 @@ def paths(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> list[Graph
                 decisions: list[bool] = []
                 while True:
                     tracer = _PathTracer(decisions, is_leaf)
-                    try:
+                    with contextlib.suppress(AssertionError):  # the path that an assert forbids
                         graphs.append(tracer.trace(module, concrete_args or None))
-                    except AssertionError:  # the path that an assert forbids
-                        pass
                     if len(graphs) > MAX_PATHS:
                         raise Untraceable("too many paths")
                     del decisions[tracer.taken :]
@@ -183,7 +181,7 @@ def plain_linear(module: nn.Linear) -> bool:
 
 
 def padded_conv2d(module: nn.Conv2d) -> tuple[int, ...] | None:
-    """Return the zeros (left, right, top, bottom) that a subclass of Conv2d adds, when it does no more than pad and convolve."""
+    """Return the zeros (left, right, top, bottom) that a subclass of Conv2d adds, if it only pads and convolves."""
     node = _only_call(module, torch.conv2d)
     if node is None or module.padding_mode != "zeros":
         return None

@@ -61,19 +61,41 @@ def conv2d(
     else:
         rows, columns = _pair("padding", padding)
         pads = [rows, rows, columns, columns]
+    return padded_conv2d(input, weight, bias, steps, pads, spread, groups, activation, packed)
+
+
+def padded_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str | None,
+    packed: Tensor | None,
+) -> Tensor:
+    """Do :func:`conv2d` with the padding of each side on its own: top, bottom, left, right."""
     if torch.compiler.is_compiling():
         output = None
         if _fallback.why_not(input, weight, bias) is None:
-            output = torch.ops.fastnn.conv2d(input, weight, bias, steps, pads, spread, groups, activation, packed)
+            output = torch.ops.fastnn.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, packed)
     else:
-        output = _C.conv2d(input, weight, bias, steps, pads, spread, groups, activation, packed)
+        output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, packed)
     if output is None:
         output = _fallback.fallback(
             "conv2d",
             (input, weight, bias),
-            lambda: reference.activate(F.conv2d(input, weight, bias, stride, padding, dilation, groups), activation),
+            lambda: reference.activate(_stock(input, weight, bias, stride, padding, dilation, groups), activation),
         )
     return output
+
+
+def _stock(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
+    top, bottom, left, right = padding
+    if top != bottom or left != right:
+        input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
+    return F.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
 
 
 def _pair(name: str, value) -> list[int]:
