@@ -113,7 +113,7 @@ def doubled(tree):
 def derivatives(module, args, kwargs, second=False):
     """Outputs, first and (of their squares' sum) second derivatives with respect to inputs and parameters."""
     outputs = module(*args, **kwargs)
-    wanted = [t for t in floats((args, kwargs)) if t.requires_grad] + [p for p in module.parameters()]
+    wanted = [t for t in floats((args, kwargs)) if t.requires_grad] + list(module.parameters())
     loss = sum(out.sin().sum() for out in floats(outputs))
     grads = torch.autograd.grad(loss, wanted, create_graph=second, allow_unused=True)
     if not second:
@@ -209,7 +209,9 @@ def test_signature(name):
     for method in ("__init__", "forward"):
         expected = inspect.signature(getattr(stock, method)).parameters
         found = inspect.signature(getattr(fast, method)).parameters
-        if any(p.kind == p.VAR_POSITIONAL for p in expected.values()):  # nn.RNN and its sisters say only *args, **kwargs
+        if any(
+            p.kind == p.VAR_POSITIONAL for p in expected.values()
+        ):  # nn.RNN and its sisters say only *args, **kwargs
             continue
         for position, (key, parameter) in enumerate(expected.items()):
             assert key in found, f"{method}: {key}"
@@ -338,7 +340,7 @@ def test_compile(name):
 def derivatives_of(call, module, args):
     """As :func:`derivatives`, through a compiled ``call`` of ``module``."""
     outputs = call(*args)
-    wanted = [t for t in floats(args)] + list(module.parameters())
+    wanted = list(floats(args)) + list(module.parameters())
     loss = sum(out.sin().sum() for out in floats(outputs))
     return outputs, torch.autograd.grad(loss, wanted, allow_unused=True)
 

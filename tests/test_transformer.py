@@ -133,7 +133,12 @@ def test_evaluation(norm_first, dtype):
     padding, mask = torch.arange(5) >= torch.tensor([[2], [5], [1]]), torch.ones(5, 5, dtype=torch.bool).triu(1)
     tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.02}  # roundings of a residual of size 4
     with torch.no_grad():
-        for kwargs in ({}, {"src_key_padding_mask": padding}, {"src_mask": mask}, {"src_mask": mask, "is_causal": True}):
+        for kwargs in (
+            {},
+            {"src_key_padding_mask": padding},
+            {"src_mask": mask},
+            {"src_mask": mask, "is_causal": True},
+        ):
             torch.testing.assert_close(fast(x, **kwargs), stock(x, **kwargs), **tolerance)
 
 
@@ -287,7 +292,11 @@ def test_nested_input():
 
 def test_constructor_warns_as_torch():
     """enable_nested_tensor on layers that torch would not run on nested tensors."""
-    for options in ({"batch_first": False}, {"norm_first": True, "batch_first": True}, {"bias": False, "batch_first": True}):
+    for options in (
+        {"batch_first": False},
+        {"norm_first": True, "batch_first": True},
+        {"bias": False, "batch_first": True},
+    ):
         messages = []
         for library in (fnn, nn):
             with warnings.catch_warnings(record=True) as caught:
