@@ -1,8 +1,8 @@
 """Declares weights constant for inference: packs them, folds batch norms into convolutions, fuses activations.
 
 Parameters, buffers and names stay where they are, so the ``state_dict`` of a frozen model is what it was. What is
-derived from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call, and
-made anew when they changed. With gradients wanted, it is computed from the parameters by differentiable operations.
+derived from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call,
+and made anew when they changed. With gradients wanted, it is computed from the parameters by differentiable operations.
 """
 
 from __future__ import annotations
