@@ -8,6 +8,7 @@ import fastnn
 from fastnn import _fallback, functional
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_why_not_names_the_reason():
     x = torch.randn(3)
     assert _fallback.why_not(x, None, x.double(), x.half(), x.bfloat16(), x.to("meta")) is None
