@@ -91,11 +91,10 @@ class Report:
 def take_turns(calls: list[Callable[[], object]], seconds: float) -> list[float]:
     """Time the calls one after the other, again and again; return the p50 of each in ms."""
     times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
+    for call in calls * 2:
         call()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
+    while time.perf_counter() < end or len(times[0]) < (5 if seconds else 1):
         for call, own in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()

@@ -79,10 +79,7 @@ class FusedActivation(nn.Module):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        module.__dict__.get(name)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    return any(module.__dict__.get(name) for name in trace.HOOKS)
 
 
 def _is_kernel(module: nn.Module) -> bool:
