@@ -1,8 +1,8 @@
 """Declares weights constant for inference: packs them, folds batch norms into convolutions, fuses activations.
 
 Parameters, buffers and names stay where they are, so the ``state_dict`` of a frozen model is what it was. What is
-derived from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call, and
-made anew when they changed. With gradients wanted, it is computed from the parameters by differentiable operations.
+derived from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call,
+and made anew when they changed. With gradients wanted, it is computed from the parameters by differentiable operations.
 """
 
 from __future__ import annotations
@@ -79,10 +79,7 @@ class FusedActivation(nn.Module):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        module.__dict__.get(name)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    return any(module.__dict__.get(name) for name in trace.HOOKS)
 
 
 def _is_kernel(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import inspect
 import io
 import itertools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn import functional as F
 
 MAX_PATHS = 32
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Untraceable(Exception):
@@ -50,11 +52,12 @@ class _PathTracer(Tracer):
 
 @contextlib.contextmanager
 def _untouched(root: nn.Module) -> Iterator[None]:
-    """Undo what running ``forward`` on proxies leaves behind: attributes, random numbers, prints, warnings."""
+    """Undo what running ``forward`` on proxies leaves behind: attributes, random numbers, prints, warnings; run no hook."""
     saved = []
     for m in root.modules():
         tables = {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")}
         saved.append((m, dict(m.__dict__), tables))
+        m.__dict__.update({k: OrderedDict() for k in HOOKS if m.__dict__.get(k)})  # a hook is not to see a proxy
     try:
         with (
             torch.random.fork_rng(devices=[]),

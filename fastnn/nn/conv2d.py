@@ -78,7 +78,7 @@ class Conv2d(Frozen, torch.nn.Conv2d):
 
 
 def _channels_last(*tensors: Tensor) -> bool:
-    """Whether the result will be channels_last (ties, as with one channel, go the other way: that costs the packing)."""
+    """Whether the result will be channels_last (ties, as with one channel, go the other way)."""
     return any(
         t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors
     )
