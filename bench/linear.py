@@ -8,16 +8,8 @@ import torch.nn.functional as F
 from bench import peer
 from bench.problem import Built, Problem
 from fastnn.functional import linear
+from fastnn.reference import ACTIVATIONS
 from fastnn.testing import LINEAR, LinearCase
-
-ACTIVATIONS = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def build(case: LinearCase, dtype: torch.dtype) -> Built:

@@ -1,9 +1,11 @@
 """Loads the compiled extension; when it cannot, one ImportError says what to do."""
 
+import importlib
+
 import torch
 
 try:
-    from fastnn import _C
+    _C = importlib.import_module("fastnn._C")  # `from fastnn import _C` would blame a circular import
 except ImportError as error:
     raise ImportError(
         f"fastnn: the compiled extension fastnn._C does not load ({error}). It is built against one torch "

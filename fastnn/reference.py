@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,6 +38,118 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     """y = f(x Wᵀ + b); input ``[*, K]``, weight ``[N, K]`` or ``[K]``, bias ``[N]``."""
     z = torch.matmul(input, weight.t() if weight.dim() == 2 else weight)
     return activate(z if bias is None else z + bias, activation)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """y = f(b + sum over the taps (r, s) of x shifted by that tap, times W[:, :, r, s]).
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[K, C / groups, R, S]``.
+        bias: ``[K]`` or None.
+        padding: top, bottom, left, right.
+    """
+    top, bottom, left, right = padding
+    x = F.pad(input if input.dim() == 4 else input[None], (left, right, top, bottom))
+    wide = torch.promote_types(x.dtype, torch.float32)  # sums of 16-bit numbers are kept in float32
+    x = x.to(wide).reshape(x.shape[0], groups, weight.shape[1], *x.shape[2:])
+    w = weight.to(wide).reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    taps = []
+    height = (x.shape[-2] - (weight.shape[2] - 1) * dilation[0] - 1) // stride[0] + 1
+    width = (x.shape[-1] - (weight.shape[3] - 1) * dilation[1] - 1) // stride[1] + 1
+    for r in range(weight.shape[2]):
+        for s in range(weight.shape[3]):
+            y, z = r * dilation[0], s * dilation[1]
+            rows = slice(y, y + (height - 1) * stride[0] + 1, stride[0])
+            columns = slice(z, z + (width - 1) * stride[1] + 1, stride[1])
+            taps.append(torch.einsum("ngchw,gkc->ngkhw", x[..., rows, columns], w[..., r, s]))
+    z = sum(taps[1:], taps[0]).flatten(1, 2)
+    if bias is not None:
+        z = z + bias.to(wide)[:, None, None]
+    z = z[:, :0] if input.shape[-3] == 0 else z  # torch gives no channels where it gets none
+    z = activate(z, activation).to(input.dtype)
+    return z if input.dim() == 4 else z[0]
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    philox_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dropout(softmax(cap(scale · Q Kᵀ) + mask)) V and the log-sum-exp of its scores; rows that see no key give zeros.
+
+    Shapes as in :func:`fastnn.functional.scaled_dot_product_attention`; 16-bit inputs are computed in float32.
+    """
+    dtype = query.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    length, keys = query.shape[-2], key.shape[-2]
+    scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    scores = query @ key.transpose(-2, -1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    scores = scores.to(query.dtype)
+    # How far each key lies behind (below zero) or ahead of its query; the window is aligned to the last position.
+    ahead = torch.arange(keys, device=query.device) - torch.arange(length, device=query.device)[:, None]
+    if is_causal:
+        scores = scores.masked_fill(ahead > 0, -math.inf)
+    if window is not None:
+        left, right = window
+        ahead = ahead - (keys - length)
+        if left >= 0:
+            scores = scores.masked_fill(ahead < -left, -math.inf)
+        if right >= 0:
+            scores = scores.masked_fill(ahead > right, -math.inf)
+    unseen = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(unseen, 0)
+    lse = scores.logsumexp(-1).masked_fill(unseen.squeeze(-1), -math.inf)
+    probability = scores.softmax(-1).masked_fill(unseen, 0)
+    if dropout_p > 0:
+        kept = attention_dropout_mask(philox_seed, dropout_p, probability.shape)
+        probability = probability * kept / (1 - dropout_p) if dropout_p < 1 else probability * 0
+    return (probability @ value).to(dtype), lse
+
+
+def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequence[int]) -> Tensor:
+    """Which probabilities ``[*, L, S]`` attention keeps, as csrc/include/fastnn/attention.h defines it (Philox4x32-10)."""
+    *lead, length, keys = shape
+    low = 0xFFFFFFFF
+    device = philox_seed.device
+    key = torch.arange(keys, device=device)
+    x = [
+        (key // 32 * 8 + key % 8).expand(math.prod(lead), length, keys),
+        torch.arange(length, device=device)[:, None],
+        torch.arange(math.prod(lead), device=device)[:, None, None],
+        torch.zeros((), dtype=torch.int64, device=device),
+    ]
+    k0, k1 = philox_seed.reshape(()) & low, (philox_seed.reshape(()) >> 32) & low
+    for _ in range(10):
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57  # 64-bit products; what overflows into the sign is masked off
+        x = [(b >> 32) & low ^ x[1] ^ k0, b & low, (a >> 32) & low ^ x[3] ^ k1, a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    which = key % 32 // 8
+    word = torch.where(which < 2, torch.where(which == 0, x[0], x[1]), torch.where(which == 2, x[2], x[3]))
+    return (word >= min(int(dropout_p * 2**32), low)).reshape(shape)
 
 
 def vjp_of_vjp(

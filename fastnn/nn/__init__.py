@@ -1,6 +1,30 @@
 """Modules that drop in for those of torch.nn: the same arguments, the same state_dict, fastnn's kernels."""
 
+from fastnn.nn.attention import MultiheadAttention
+from fastnn.nn.conv2d import Conv2d
 from fastnn.nn.linear import Linear
 from fastnn.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastnn.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "Linear", "RNN", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Conv2d",
+    "GRUCell",
+    "LSTMCell",
+    "Linear",
+    "MultiheadAttention",
+    "RNNCell",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

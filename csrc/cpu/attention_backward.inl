@@ -1,0 +1,352 @@
+// Gradients of attention, from the saved log-sum-exp: P = exp(S - lse) is computed again tile by tile.
+//   dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ⊙ (dP - delta),  dQ = scale dS K,  dK = scale dSᵀ Q,  delta = rowsum(dO ⊙ O) - dlse
+// with dropout on P and dP, and dS times the slope of the soft cap for dQ and dK (Dao et al., arXiv 2205.14135, 2.3).
+//
+// Tiling: a task is one head of keys and a part of its keys. A block of 96 keys is packed once, with its dK and dV it
+// stays in L2 while blocks of 96 queries pass. Five products for each pair, all on the GEMM micro-kernel; tiles of P and
+// dS are 36 KiB each. Strips compute only the keys that they may see.
+// Each task adds to a dQ of its own; they are summed in order. The cut of the keys depends on the shape alone and a
+// block's sums run in one order: no atomics, equal on any number of threads.
+// Bound by the FMA units: 10 · head_dim flops a score.
+#pragma once
+
+#include "cpu/attention.inl"
+#include "cpu/attention_kernels.h"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+inline constexpr int64_t kGradKeys = 96;  // a multiple of NR and of dropout's 32
+template <class C>
+inline constexpr int64_t kGradQueries = 96 / kMR<C> * kMR<C>;
+
+// Working memory of one thread: a block of keys, a block of queries, the tiles between them.
+template <class C>
+struct GradientBlock {
+  static constexpr int64_t MR = kMR<C>, NR = kNR<C>, kTile = kGradQueries<C> * kGradKeys;
+  int64_t E, Ev, padded_E, padded_Ev;
+  C *key_columns, *key_features, *value_columns;                                // panels of B
+  C *query_strips, *query_features, *grad_strips, *grad_features;               // A and B of a block of queries
+  C *probability, *grad_score, *slope, *grad_key, *grad_value;
+
+  static int64_t pad(int64_t n) { return (n + NR - 1) / NR * NR; }
+  GradientBlock(const AttentionParams& p, C* memory)
+      : E(p.head_dim), Ev(p.value_dim), padded_E(pad(E)), padded_Ev(pad(Ev)) {
+    const auto take = [&](int64_t count) { return std::exchange(memory, memory + (count + 15) / 16 * 16); };
+    key_columns = take(kGradKeys * E), key_features = take(kGradKeys * padded_E), value_columns = take(kGradKeys * Ev);
+    query_strips = take(kGradQueries<C> * E), query_features = take(kGradQueries<C> * padded_E);
+    grad_strips = take(kGradQueries<C> * Ev), grad_features = take(kGradQueries<C> * padded_Ev);
+    probability = take(kTile + MR), grad_score = take(kTile + MR), slope = take(kGradKeys);
+    grad_key = take(kGradKeys * padded_E), grad_value = take(kGradKeys * padded_Ev);
+  }
+  static int64_t size(const AttentionParams& p) {
+    return (kGradKeys + kGradQueries<C>) * (2 * pad(p.head_dim) + 2 * pad(p.value_dim)) +
+           kGradKeys * pad(p.head_dim) + 2 * (kTile + MR) + kGradKeys + 16 * 16;
+  }
+};
+
+template <class C, int ROWS>
+FASTNN_INLINE void add_tile(const Tile<C, ROWS>& tile, int64_t rows, C* acc, int64_t stride) {
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i, acc += stride) {
+    if (i >= rows) break;
+    store(acc, load(acc) + tile.acc[i][0]);
+    store(acc + kLanes<C>, load(acc + kLanes<C>) + tile.acc[i][1]);
+  }
+}
+
+// One head's queries [q0, q0 + count) as the A of S and dP and, if asked for, the B of dK and dV.
+template <class T, class C = Compute<T>>
+inline void pack_queries(const AttentionBackwardParams& b, int64_t head, int64_t q0, int64_t count, bool features,
+                         const GradientBlock<C>& m) {
+  constexpr int64_t MR = kMR<C>;
+  const AttentionOperand &q = b.forward.query, &g = b.grad_output;
+  const T* query = static_cast<const T*>(q.data) + q.offset[head] + q0 * q.row_stride;
+  const T* grad = static_cast<const T*>(g.data) + g.offset[head] + q0 * g.row_stride;
+  for (int64_t i = 0; i < count; i += MR) {
+    const int64_t rows = std::min(MR, count - i);
+    pack_panel<MR>(query + i * q.row_stride, q.row_stride, q.col_stride, rows, m.E, m.query_strips + i * m.E);
+    pack_panel<MR>(grad + i * g.row_stride, g.row_stride, g.col_stride, rows, m.Ev, m.grad_strips + i * m.Ev);
+  }
+  if (!features) return;
+  pack_features_as_columns<C, T>(q, q.offset[head], q0, count, m.E, m.query_features);
+  pack_features_as_columns<C, T>(g, g.offset[head], q0, count, m.Ev, m.grad_features);
+}
+
+// P (after dropout) and dS of the strip of `rows` queries that starts `i` into the block at q0, against all `count`
+// keys of the block at k0; zero where a key may not be seen. Returns the keys seen, in steps of NR from the first.
+// `through_cap`: dS of the scaled product (for dQ, dK), else of the score after cap and mask (for the mask).
+template <class T, class C = Compute<T>>
+inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int64_t q0, int64_t i, int64_t rows,
+                            int64_t k0, int64_t count, const C* delta, bool through_cap, const GradientBlock<C>& m) {
+  constexpr int64_t NR = kNR<C>, L = kLanes<C>;
+  const AttentionParams& p = b.forward;
+  const int64_t q = q0 + i, whole = GradientBlock<C>::pad(count);
+  const Range first = visible_keys(p, q), last = visible_keys(p, q + rows - 1);
+  const int64_t begin = std::max<int64_t>(first.begin - k0, 0) / NR * NR, end = std::min(last.end - k0, count);
+  C *const P = m.probability + i * kGradKeys, *const dS = m.grad_score + i * kGradKeys;
+  if (begin >= end) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::fill_n(P + r * kGradKeys, whole, C(0));
+      std::fill_n(dS + r * kGradKeys, whole, C(0));
+    }
+    return {0, 0};
+  }
+  const int64_t width = end - begin, padded = (width + NR - 1) / NR * NR;
+  strip_products<C>(m.query_strips + i * m.E, m.key_columns + begin * m.E, rows, width, m.E, P + begin, kGradKeys);
+  strip_products<C>(m.grad_strips + i * m.Ev, m.value_columns + begin * m.Ev, rows, width, m.Ev, dS + begin, kGradKeys);
+  const C c = score_factor<C>(p), keep = static_cast<C>(keep_scale(p));
+  const bool capped = p.softcap != 0 && through_cap;
+  for (int64_t r = 0; r < rows; ++r) {
+    C *const s = P + r * kGradKeys, *const d = dS + r * kGradKeys;
+    const Row row{head, q + r};
+    finish_scores<T>(p, row, k0 + begin, width, padded, s + begin, capped ? m.slope : nullptr);
+    const C lse = static_cast<const C*>(p.lse)[head * p.query_length + row.query];
+    // A row with no key to see has lse -infinity, and P = 0.
+    const Vec<C> shift = splat<C>(lse == kNegativeInfinity<C> ? lse : -lse * kLog2E<C>), factor = splat<C>(c);
+    const Vec<C> less = splat<C>(delta[head * p.query_length + row.query]);
+    if (p.dropout_p > 0) drop<C>(p, row, k0 + begin, width, d + begin, d + begin);
+    for (int64_t j = begin; j < begin + padded; j += L) {
+      const Vec<C> x = vexp2_nonpositive(fma(load(s + j), factor, shift));
+      Vec<C> g = x * fma(load(d + j), splat<C>(keep), -less);
+      if (capped) g *= load(m.slope + j - begin);
+      store(s + j, x);
+      store(d + j, g);
+    }
+    if (p.dropout_p > 0) {
+      drop<C>(p, row, k0 + begin, width, s + begin, s + begin);
+      for (int64_t j = begin; j < begin + padded; j += L) store(s + j, load(s + j) * keep);
+    }
+    std::fill(s, s + begin, C(0));
+    std::fill(d, d + begin, C(0));
+    std::fill(s + begin + padded, s + whole, C(0));
+    std::fill(d + begin + padded, d + whole, C(0));
+  }
+  return {begin, end};
+}
+
+// One block of keys against one block of queries of one head.
+template <class T, class C = Compute<T>>
+inline void gradient_pair(const AttentionBackwardParams& b, int64_t head, int64_t q0, int64_t queries, int64_t k0,
+                          int64_t count, const C* delta, C* grad_query, const GradientBlock<C>& m) {
+  constexpr int64_t MR = kMR<C>, NR = kNR<C>;
+  const AttentionParams& p = b.forward;
+  for (int64_t i = 0; i < queries; i += MR) {
+    const int64_t rows = std::min(MR, queries - i);
+    const Range keys = gradient_strip<T>(b, head, q0, i, rows, k0, count, delta, true, m);
+    if (!grad_query || keys.begin == keys.end) continue;
+    for (int64_t n = 0; n < m.E; n += NR)
+      with_rows<C>(rows, [&](auto height) {
+        Tile<C, decltype(height)::value> tile;
+        micro_kernel_strided<C, decltype(height)::value>(
+            keys.end - keys.begin, m.grad_score + i * kGradKeys + keys.begin, kGradKeys, 1,
+            m.key_features + n * count + keys.begin * NR, tile);
+        add_tile(tile, rows, grad_query + (q0 + i) * m.padded_E + n, m.padded_E);
+      });
+  }
+  const auto add_transposed = [&](const C* tile_of, const C* features, int64_t width, C* acc, int64_t stride) {
+    for (int64_t j = 0; j < count; j += MR) {
+      const int64_t rows = std::min(MR, count - j);
+      // Queries that may see any of these keys.
+      const int64_t from = std::max<int64_t>(k0 + j - p.last_shift - q0, 0);
+      const int64_t to = std::min<int64_t>(k0 + j + rows - p.first_shift - q0, queries);
+      for (int64_t n = 0; n < width && from < to; n += NR)
+        with_rows<C>(rows, [&](auto height) {
+          Tile<C, decltype(height)::value> tile;
+          micro_kernel_strided<C, decltype(height)::value>(to - from, tile_of + from * kGradKeys + j, 1, kGradKeys,
+                                                           features + n * queries + from * NR, tile);
+          add_tile(tile, rows, acc + j * stride + n, stride);
+        });
+    }
+  };
+  if (b.grad_value.data) add_transposed(m.probability, m.grad_features, m.Ev, m.grad_value, m.padded_Ev);
+  if (b.grad_key.data) add_transposed(m.grad_score, m.query_features, m.E, m.grad_key, m.padded_E);
+}
+
+// Stores `count` rows of one head's gradient, times a factor.
+template <class T, class C = Compute<T>>
+inline void store_gradient(const AttentionResult& to, int64_t head, int64_t row, int64_t count, int64_t width,
+                           const C* from, int64_t stride, C factor) {
+  for (int64_t i = 0; i < count; ++i) {
+    T* out = static_cast<T*>(to.data) + to.offset[head] + (row + i) * to.row_stride;
+    for (int64_t n = 0; n < width; n += kLanes<C>)
+      store_first(out + n, load(from + i * stride + n) * factor, width - n);
+  }
+}
+
+// One part of one item's keys; grad_query (null: not wanted) is this task's own, [group · query_length, padded_E].
+template <class T, class C = Compute<T>>
+inline void gradient_task(const AttentionBackwardParams& b, int64_t item, int64_t k_begin, int64_t k_end,
+                          const C* delta, C* grad_query, const GradientBlock<C>& m) {
+  const AttentionParams& p = b.forward;
+  const int64_t L = p.query_length;
+  const C scale = static_cast<C>(p.head_dim == 0 ? 1 : p.scale);
+  for (int64_t k0 = k_begin; k0 < k_end; k0 += kGradKeys) {
+    const int64_t count = std::min(kGradKeys, k_end - k0);
+    pack_positions_as_columns<C, T>(p.key, p.key.offset[item], k0, count, m.E, m.key_columns);
+    pack_positions_as_columns<C, T>(p.value, p.value.offset[item], k0, count, m.Ev, m.value_columns);
+    if (grad_query) pack_features_as_columns<C, T>(p.key, p.key.offset[item], k0, count, m.E, m.key_features);
+    std::fill_n(m.grad_key, count * m.padded_E, C(0));
+    std::fill_n(m.grad_value, count * m.padded_Ev, C(0));
+    for (int64_t g = 0; g < p.group; ++g) {
+      const int64_t head = item * p.group + g;
+      for (int64_t q0 = 0; q0 < L; q0 += kGradQueries<C>) {
+        const int64_t queries = std::min(kGradQueries<C>, L - q0);
+        const Range first = visible_keys(p, q0), last = visible_keys(p, q0 + queries - 1);
+        if (first.begin >= k0 + count || last.end <= k0) continue;
+        pack_queries<T>(b, head, q0, queries, b.grad_key.data || b.grad_value.data, m);
+        gradient_pair<T>(b, head, q0, queries, k0, count, delta,
+                         grad_query ? grad_query + g * L * m.padded_E : nullptr, m);
+      }
+    }
+    if (b.grad_key.data) store_gradient<T>(b.grad_key, item, k0, count, m.E, m.grad_key, m.padded_E, scale);
+    if (b.grad_value.data) store_gradient<T>(b.grad_value, item, k0, count, m.Ev, m.grad_value, m.padded_Ev, C(1));
+  }
+}
+
+// delta[l] = sum of grad_output ⊙ output over features, less the gradient of lse.
+template <class T, class C = Compute<T>>
+inline void delta_rows(const AttentionBackwardParams& b, int64_t head, C* delta) {
+  const AttentionParams& p = b.forward;
+  const AttentionOperand& g = b.grad_output;
+  for (int64_t l = 0; l < p.query_length; ++l) {
+    const T* out = static_cast<const T*>(p.output.data) + p.output.offset[head] + l * p.output.row_stride;
+    const T* grad = static_cast<const T*>(g.data) + g.offset[head] + l * g.row_stride;
+    Vec<C> sum = zero<C>();
+    int64_t n = 0;
+    if (g.col_stride == 1)
+      for (; n + kLanes<C> <= p.value_dim; n += kLanes<C>) sum = fma(load(out + n), load(grad + n), sum);
+    C total = reduce_add<C>(sum);
+    for (; n < p.value_dim; ++n) total += load_one(out + n) * load_one(grad + n * g.col_stride);
+    if (b.grad_lse) total -= static_cast<const C*>(b.grad_lse)[head * p.query_length + l];
+    delta[l] = total;
+  }
+}
+
+// Gradient of an additive mask: the tiles of dS again, now in the order in which the mask sums them. A task is a tile of
+// the mask, or a whole row or column of tiles where the mask was broadcast.
+template <class T, class C = Compute<T>>
+inline void mask_gradient_task(const AttentionBackwardParams& b, int64_t mask_head, int64_t q_begin, int64_t q_end,
+                               int64_t k_begin, int64_t k_end, const C* delta, C* acc, const GradientBlock<C>& m) {
+  constexpr int64_t MR = kMR<C>;
+  const AttentionParams& p = b.forward;
+  const bool one_row = b.mask_rows == 1, one_col = b.mask_cols == 1;
+  const int64_t acc_rows = one_row ? 1 : q_end - q_begin, acc_cols = one_col ? 1 : k_end - k_begin;
+  std::fill_n(acc, acc_rows * acc_cols, C(0));
+  for (int64_t head = 0; head < p.heads; ++head) {
+    if (b.mask_index[head] != mask_head) continue;
+    for (int64_t q0 = q_begin; q0 < q_end; q0 += kGradQueries<C>) {
+      const int64_t queries = std::min(kGradQueries<C>, q_end - q0);
+      pack_queries<T>(b, head, q0, queries, false, m);
+      for (int64_t k0 = k_begin; k0 < k_end; k0 += kGradKeys) {
+        const int64_t count = std::min(kGradKeys, k_end - k0), item = head / p.group;
+        pack_positions_as_columns<C, T>(p.key, p.key.offset[item], k0, count, m.E, m.key_columns);
+        pack_positions_as_columns<C, T>(p.value, p.value.offset[item], k0, count, m.Ev, m.value_columns);
+        for (int64_t i = 0; i < queries; i += MR) {
+          const int64_t rows = std::min(MR, queries - i);
+          gradient_strip<T>(b, head, q0, i, rows, k0, count, delta, false, m);
+          for (int64_t r = i; r < i + rows; ++r) {
+            C* const to = acc + (one_row ? 0 : q0 - q_begin + r) * acc_cols + (one_col ? 0 : k0 - k_begin);
+            const C* const from = m.grad_score + r * kGradKeys;
+            for (int64_t j = 0; j < count; ++j) to[one_col ? 0 : j] += from[j];
+          }
+        }
+      }
+    }
+  }
+  C* const out = static_cast<C*>(b.grad_mask) + mask_head * b.mask_rows * b.mask_cols;
+  for (int64_t r = 0; r < acc_rows; ++r)
+    std::copy_n(acc + r * acc_cols, acc_cols, out + (one_row ? 0 : q_begin + r) * b.mask_cols + (one_col ? 0 : k_begin));
+}
+
+template <class C>
+inline void mask_gradient_tile(const AttentionBackwardParams& b, int64_t task, int64_t q_blocks, int64_t k_blocks,
+                               int64_t& mask_head, Range& q, Range& k) {
+  const int64_t L = b.forward.query_length, S = b.forward.key_length;
+  const int64_t i = task / k_blocks % q_blocks, j = task % k_blocks;
+  mask_head = task / k_blocks / q_blocks;
+  q = b.mask_rows == 1 ? Range{0, L} : Range{i * kGradQueries<C>, std::min(L, (i + 1) * kGradQueries<C>)};
+  k = b.mask_cols == 1 ? Range{0, S} : Range{j * kGradKeys, std::min(S, (j + 1) * kGradKeys)};
+}
+
+template <class T>
+inline void attention_backward(const AttentionBackwardParams& b) {
+  using C = Compute<T>;
+  const AttentionParams& p = b.forward;
+  const int64_t items = p.group > 0 ? p.heads / p.group : 0, L = p.query_length, S = p.key_length;
+  const int64_t padded_E = GradientBlock<C>::pad(p.head_dim), rows = p.group * L;
+  const int64_t blocks = (S + kGradKeys - 1) / kGradKeys;
+  // Parts of the keys: about 32 tasks in all, of 2 blocks or more; each part costs a dQ of its own.
+  const int64_t parts = std::clamp<int64_t>(items > 0 ? 32 / items : 1, 1, std::clamp<int64_t>(blocks / 2, 1, 8));
+  const int64_t part_keys = (blocks + parts - 1) / parts * kGradKeys;
+  const bool wants_query = b.grad_query.data, wants_main = wants_query || b.grad_key.data || b.grad_value.data;
+  const int64_t q_blocks = b.mask_rows == 1 ? 1 : (L + kGradQueries<C> - 1) / kGradQueries<C>;
+  const int64_t k_blocks = b.mask_cols == 1 ? 1 : blocks;
+  const int64_t main_tasks = wants_main ? items * parts : 0;
+  const int64_t mask_tasks = b.grad_mask ? b.mask_heads * q_blocks * k_blocks : 0;
+
+  Scratch<C> delta(p.heads * L), grad_query(wants_query ? items * parts * rows * padded_E : 0);
+  const int64_t acc_size = !b.grad_mask ? 0
+                                        : (b.mask_rows == 1 ? 1 : kGradQueries<C>) * (b.mask_cols == 1 ? 1 : kGradKeys) +
+                                              (b.mask_rows == 1 && b.mask_cols != 1 ? kGradKeys : 0);
+  const double flops = 2.0 * p.heads * L * S * (3.0 * p.head_dim + 2.0 * p.value_dim + 16.0);
+  const int threads = worth_threads(p.threads, flops, 0);
+
+  const auto over = [&](int64_t tasks, const auto& f) {
+    std::atomic<int64_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+    });
+  };
+  over(p.heads, [&](int64_t head) { delta_rows<T>(b, head, delta + head * L); });
+  std::atomic<int64_t> next{0};
+  const int64_t tasks = main_tasks + mask_tasks;
+  parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+    Scratch<C> memory(GradientBlock<C>::size(p) + acc_size);
+    const GradientBlock<C> block(p, memory);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      if (task < main_tasks) {
+        const int64_t item = task / parts, k0 = task % parts * part_keys;
+        C* const own = wants_query ? grad_query + task * rows * padded_E : nullptr;
+        if (own) std::fill_n(own, rows * padded_E, C(0));
+        gradient_task<T>(b, item, k0, std::min(k0 + part_keys, S), delta.data(), own, block);
+      } else {
+        int64_t mask_head;
+        Range q, k;
+        mask_gradient_tile<C>(b, task - main_tasks, q_blocks, k_blocks, mask_head, q, k);
+        mask_gradient_task<T>(b, mask_head, q.begin, q.end, k.begin, k.end, delta.data(),
+                              memory + GradientBlock<C>::size(p), block);
+      }
+    }
+  });
+  if (!wants_query) return;
+  const C scale = static_cast<C>(p.head_dim == 0 ? 1 : p.scale);
+  over(p.heads, [&](int64_t head) {
+    C* const first = grad_query + (head / p.group * parts * p.group + head % p.group) * L * padded_E;
+    for (int64_t part = 1; part < parts; ++part) {
+      const C* const other = first + part * rows * padded_E;
+      for (int64_t i = 0; i < L * padded_E; i += kLanes<C>) store(first + i, load(first + i) + load(other + i));
+    }
+    store_gradient<T>(b.grad_query, head, 0, L, p.head_dim, first, padded_E, scale);
+  });
+}
+
+// ---- table ---------------------------------------------------------------------------------------------------------
+
+template <class F>
+FASTNN_INLINE void with_attention_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::Float32: return f(float{});
+    case DType::Float64: return f(double{});
+    case DType::BFloat16: return f(BFloat16{});
+    case DType::Float16: return f(Float16{});
+  }
+}
+inline void attention_forward_isa(const AttentionParams& p) {
+  with_attention_dtype(p.dtype, [&](auto t) { attention_forward<decltype(t)>(p); });
+}
+inline void attention_backward_isa(const AttentionBackwardParams& b) {
+  with_attention_dtype(b.forward.dtype, [&](auto t) { attention_backward<decltype(t)>(b); });
+}
+inline constexpr AttentionKernels attention_kernels = {attention_forward_isa, attention_backward_isa};
+
+}  // namespace fastnn::cpu::FASTNN_ISA

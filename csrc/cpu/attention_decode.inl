@@ -1,0 +1,238 @@
+// Attention of few queries: key and value are read once, as they lie in memory, by all rows that share them.
+//
+// Scores are dot products along head_dim: LANES keys at a time, one accumulator for each, summed across lanes together.
+// The values' weighted sum keeps up to 8 vectors of features in registers while it runs down a block of 64 keys.
+// Bound by memory: 4 · (head_dim + value_dim) bytes a key. Also the running softmax that attention.inl uses.
+#pragma once
+
+#include "cpu/attention_scores.inl"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+inline constexpr int64_t kAttentionKeys = 128;  // keys of a block
+inline constexpr int64_t kDecodeRows = 8;       // more rows than these pay for packing
+inline constexpr int64_t kStateRows = 16;       // most rows of a strip, at least MR and kDecodeRows
+
+// Running maximum of the scores, sum of exponentials and weighted sum of values of each row.
+template <class C>
+struct AttentionState {
+  C *acc, *maximum, *sum;
+  int64_t stride;  // of acc
+  AttentionState(C* memory, int64_t rows, int64_t stride)
+      : acc(memory), maximum(acc + rows * stride), sum(maximum + rows), stride(stride) {}
+  static int64_t size(int64_t rows, int64_t stride) { return (rows * (stride + 2) + 15) / 16 * 16; }
+  void clear(int64_t rows) const {
+    std::fill_n(acc, rows * stride, C(0));
+    std::fill_n(maximum, rows, kNegativeInfinity<C>);
+    std::fill_n(sum, rows, C(0));
+  }
+  void merge(const AttentionState& other, int64_t rows, C c) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const C top = maximum[r] < other.maximum[r] ? other.maximum[r] : maximum[r];
+      const C safe = top == kNegativeInfinity<C> ? C(0) : top;
+      const C mine = exp2_nonpositive((maximum[r] - safe) * c), theirs = exp2_nonpositive((other.maximum[r] - safe) * c);
+      maximum[r] = top;
+      sum[r] = sum[r] * mine + other.sum[r] * theirs;
+      C* a = acc + r * stride;
+      const C* b = other.acc + r * stride;
+      for (int64_t n = 0; n < stride; n += kLanes<C>)
+        store(a + n, fma(load(b + n), splat<C>(theirs), load(a + n) * mine));
+    }
+  }
+};
+
+// Scores become exponentials, below the new maximum of each row; alpha is what the row's older sums shrink by.
+template <class C>
+inline void softmax_strip(int64_t rows, int64_t padded, int64_t stride, C c, C* score, C* alpha, C* maximum, C* sum) {
+  constexpr int L = kLanes<C>;
+  alignas(64) C old[kStateRows] = {}, safe[kStateRows] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const C* s = score + i * stride;
+    Vec<C> top = load(s);
+    for (int64_t j = L; j < padded; j += L) top = vmax(load(s + j), top);
+    const C t = reduce_max<C>(top);
+    old[i] = maximum[i];
+    maximum[i] = old[i] < t ? t : old[i];
+    safe[i] = maximum[i] == kNegativeInfinity<C> ? C(0) : maximum[i];  // nothing seen yet: -inf less -inf is NaN
+  }
+  for (int64_t i = 0; i < rows; i += L) store(alpha + i, vexp2_nonpositive((load(old + i) - load(safe + i)) * c));
+  for (int64_t i = 0; i < rows; ++i) {
+    C* s = score + i * stride;
+    const Vec<C> shift = splat<C>(-safe[i] * c), factor = splat<C>(c);
+    Vec<C> total = zero<C>();
+    for (int64_t j = 0; j < padded; j += L) {
+      const Vec<C> e = vexp2_nonpositive(fma(load(s + j), factor, shift));
+      store(s + j, e);
+      total += e;
+    }
+    sum[i] = sum[i] * alpha[i] + reduce_add<C>(total);
+  }
+}
+template <class C>
+inline void drop_strip(const AttentionParams& p, int64_t item, int64_t r, int64_t rows, int64_t k0, int64_t count,
+                       C* score) {
+  for (int64_t i = 0; i < rows; ++i) {
+    C* s = score + i * kAttentionKeys;
+    drop<C>(p, row_of(p, item, r + i), k0, count, s, s);
+  }
+}
+
+// Sums each of LANES vectors across its lanes: lane i of the result is the sum of parts[i · kLanes …].
+template <class C, int D = kLanes<C> / 2>
+FASTNN_INLINE void add_halves(Vec<C>* r) {
+  if constexpr (D > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < D; ++i) {
+      swap_halves<C, D>(r[i], r[i + D], std::make_integer_sequence<int, kLanes<C>>{});
+      r[i] += r[i + D];
+    }
+    add_halves<C, D / 2>(r);
+  }
+}
+template <class C>
+FASTNN_INLINE Vec<C> reduce_each(const C* parts) {
+  Vec<C> r[kLanes<C>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<C>; ++i) r[i] = load(parts + i * kLanes<C>);
+  add_halves<C>(r);
+  return r[0];
+}
+
+// score[i][0 … LANES) = query row i (of ROWS) times keys line[0 … LANES).
+template <int ROWS, class T, class C = Compute<T>>
+FASTNN_INLINE void decode_scores(const C* query, int64_t query_stride, const T* const* line, int64_t depth, C* score) {
+  constexpr int L = kLanes<C>, STEP = ROWS >= 3 ? 2 : L < 8 / ROWS ? L : 8 / ROWS;  // keys whose accumulators fit
+  alignas(64) C parts[ROWS][L * L];
+  const int64_t whole = depth / L * L;
+  for (int j = 0; j < L; j += STEP) {
+    Vec<C> acc[ROWS][STEP];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS * STEP; ++i) acc[i / STEP][i % STEP] = zero<C>();
+    const auto add = [&](int64_t e, const Vec<C>* k) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec<C> q = load(query + i * query_stride + e);
+#pragma GCC unroll 8
+        for (int t = 0; t < STEP; ++t) acc[i][t] = fma(q, k[t], acc[i][t]);
+      }
+    };
+    Vec<C> k[STEP];
+    for (int64_t e = 0; e < whole; e += L) {
+#pragma GCC unroll 8
+      for (int t = 0; t < STEP; ++t) k[t] = load(line[j + t] + e);
+      add(e, k);
+    }
+    if (whole < depth) {
+#pragma GCC unroll 8
+      for (int t = 0; t < STEP; ++t) k[t] = load_first(line[j + t] + whole, depth - whole);
+      add(whole, k);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS * STEP; ++i) store(parts[i / STEP] + (j + i % STEP) * L, acc[i / STEP][i % STEP]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) store(score + i * kAttentionKeys, reduce_each<C>(parts[i]));
+}
+
+// acc[i][0 … columns) = acc · alpha[i] + sum over keys of weight[i][key] · value[key], for ROWS rows.
+template <int ROWS, class T, class C = Compute<T>>
+FASTNN_INLINE void decode_values(const C* weight, const T* value, int64_t value_stride, int64_t count, int64_t columns,
+                                 const C* alpha, C* acc, int64_t acc_stride) {
+  constexpr int L = kLanes<C>, WIDE = ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2;  // vectors of features in registers
+  int64_t n = 0;
+  for (; n + WIDE * L <= columns; n += WIDE * L) {
+    Vec<C> sum[ROWS][WIDE];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS * WIDE; ++i) sum[i / WIDE][i % WIDE] = zero<C>();
+    for (int64_t k = 0; k < count; ++k) {
+      Vec<C> v[WIDE];
+#pragma GCC unroll 8
+      for (int t = 0; t < WIDE; ++t) v[t] = load(value + k * value_stride + n + t * L);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec<C> w = splat<C>(weight[i * kAttentionKeys + k]);
+#pragma GCC unroll 8
+        for (int t = 0; t < WIDE; ++t) sum[i][t] = fma(w, v[t], sum[i][t]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS * WIDE; ++i) {
+      C* a = acc + i / WIDE * acc_stride + n + i % WIDE * L;
+      store(a, fma(load(a), splat<C>(alpha[i / WIDE]), sum[i / WIDE][i % WIDE]));
+    }
+  }
+  for (; n < columns; n += L) {
+    Vec<C> sum[ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) sum[i] = zero<C>();
+    for (int64_t k = 0; k < count; ++k) {
+      const Vec<C> v = load_first(value + k * value_stride + n, columns - n);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) sum[i] = fma(splat<C>(weight[i * kAttentionKeys + k]), v, sum[i]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      C* a = acc + i * acc_stride + n;
+      store(a, fma(load(a), splat<C>(alpha[i]), sum[i]));
+    }
+  }
+}
+
+// Calls f(std::integral_constant<int, ROWS>, first row) for groups of 4 rows and one of the rest.
+template <class F>
+FASTNN_INLINE void with_few_rows(int64_t rows, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) f(std::integral_constant<int, 4>{}, i);
+  if (rows - i == 3) f(std::integral_constant<int, 3>{}, i);
+  if (rows - i == 2) f(std::integral_constant<int, 2>{}, i);
+  if (rows - i == 1) f(std::integral_constant<int, 1>{}, i);
+}
+
+template <class C>
+inline int64_t decode_memory(const AttentionParams& p, int64_t rows) {
+  return rows * (p.head_dim + kLanes<C> + kAttentionKeys) + 64;
+}
+
+// All rows of one item against the keys [k_begin, k_end).
+template <class T, class C = Compute<T>>
+inline void attend_few(const AttentionParams& p, int64_t item, int64_t rows, int64_t k_begin, int64_t k_end, C* memory,
+                       const AttentionState<C>& state) {
+  constexpr int L = kLanes<C>;
+  const int64_t E = p.head_dim, query_stride = (E + L - 1) / L * L;
+  C* const score = memory;
+  C* const query = memory + rows * kAttentionKeys;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row row = row_of(p, item, r);
+    const T* from = static_cast<const T*>(p.query.data) + p.query.offset[row.head] + row.query * p.query.row_stride;
+    for (int64_t e = 0; e < query_stride; ++e)
+      query[r * query_stride + e] = e < E ? load_one(from + e * p.query.col_stride) : C(0);
+  }
+  const T* const key = static_cast<const T*>(p.key.data) + p.key.offset[item];
+  const T* const value = static_cast<const T*>(p.value.data) + p.value.offset[item];
+  const Range seen = visible_keys(p, 0, rows);
+  k_end = std::min(k_end, seen.end);
+  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end;
+       k0 += kAttentionKeys) {
+    const int64_t count = std::min(kAttentionKeys, k_end - k0), padded = (count + L - 1) / L * L;
+    for (int64_t j = 0; j < count; j += L) {
+      const T* line[L];
+      for (int i = 0; i < L; ++i) line[i] = key + std::min(k0 + j + i, k_end - 1) * p.key.row_stride;
+      with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+        decode_scores<decltype(height)::value, T>(query + i * query_stride, query_stride, line, E,
+                                                  score + i * kAttentionKeys + j);
+      });
+    }
+    alignas(64) C alpha[kStateRows];
+    for (int64_t i = 0; i < rows; ++i)
+      finish_scores<T>(p, row_of(p, item, i), k0, count, padded, score + i * kAttentionKeys);
+    softmax_strip(rows, padded, kAttentionKeys, score_factor<C>(p), score, alpha, state.maximum, state.sum);
+    if (p.dropout_p > 0) drop_strip(p, item, 0, rows, k0, count, score);
+    with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+      decode_values<decltype(height)::value, T>(score + i * kAttentionKeys, value + k0 * p.value.row_stride,
+                                                p.value.row_stride, count, p.value_dim, alpha + i,
+                                                state.acc + i * state.stride, state.stride);
+    });
+  }
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA

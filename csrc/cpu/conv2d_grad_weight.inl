@@ -1,0 +1,463 @@
+// Gradient of the weight: for each group [out, pixels] x [pixels, in * taps], summed over the pixels of all images.
+//
+// NCHW: both operands are rows along pixels, so the tile is 3 x 4 dot products with vector accumulators, reduced once a
+// block of pixels. Rows of patches are gathered by the pieces of the forward, for a block of pixels at a time.
+// NHWC: vectors along output channels; row i of the tile is input channel c + i, read for each pixel through the pointer
+// of the tap (float, double) or from a gathered copy (16 bits). grad_output is packed [panel][pixels][NR].
+// Direct (few channels a group): dot products over padded rows (NCHW), sums along spread lanes (NHWC); see
+// conv2d_direct.inl.
+//
+// A task owns some of the weights and walks all pixels, block after block: nothing depends on the number of threads.
+#pragma once
+
+#include "cpu/conv2d_pass.inl"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+// The forward's pass (source is the input), grad_output in the place of its target, and where the sums go.
+template <class T>
+struct Conv2dGradWeight {
+  Conv2dPass<T> p;
+  const T* grad;  // strides p.target_strides
+  T* grad_weight;
+  ImageStrides strides;  // of k, c, r, s; a tap's offset is p.taps[t].weight
+
+  void put(int64_t group, int64_t k, int64_t c, int64_t t, Compute<T> sum) const {
+    store_one(grad_weight + (group * p.out + k) * strides.image + c * strides.channel + p.taps[t].weight, sum);
+  }
+};
+
+// ---- NCHW, dot products --------------------------------------------------------------------------------------------
+
+// sums[i * stride + j] += a[i] · b[j] over `width` elements, whole vectors.
+template <class C, int ROWS, int COLUMNS>
+FASTNN_INLINE void dot_tile(const C* a, const C* b, int64_t width, C* sums, int64_t stride) {
+  constexpr int L = kLanes<C>;
+  Vec<C> acc[ROWS][COLUMNS];
+#pragma GCC unroll 3
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) acc[i][j] = zero<C>();
+  for (int64_t x = 0; x < width; x += L) {
+    Vec<C> row[ROWS];
+#pragma GCC unroll 3
+    for (int i = 0; i < ROWS; ++i) row[i] = load(a + i * width + x);
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) {
+      const Vec<C> column = load(b + j * width + x);
+#pragma GCC unroll 3
+      for (int i = 0; i < ROWS; ++i) acc[i][j] = fma(row[i], column, acc[i][j]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) sums[i * stride + j] += reduce_add<C>(acc[i][j]);
+}
+template <class C, int ROWS>
+void dot_columns(const C* a, const C* b, int64_t columns, int64_t width, C* sums, int64_t stride) {
+  int64_t j = 0;
+  for (; j + 4 <= columns; j += 4) dot_tile<C, ROWS, 4>(a, b + j * width, width, sums + j, stride);
+  for (; j < columns; ++j) dot_tile<C, ROWS, 1>(a, b + j * width, width, sums + j, stride);
+}
+
+template <class T>
+struct GradWeightNchw {
+  using C = Compute<T>;
+  static constexpr int NR = kNR<C>;
+  static constexpr int64_t kRows = 12;  // of grad_output at a time: with a tile's columns they stay in L1
+  const Conv2dGradWeight<T>& g;
+  const Conv2dPass<T>& p;
+  int64_t pixels, width, channels, parts, splits;
+
+  explicit GradWeightNchw(const Conv2dGradWeight<T>& grad) : g(grad), p(grad.p) {
+    pixels = p.N * p.OH * p.OW;
+    width = std::min<int64_t>(2048 / int64_t(sizeof(C)), (pixels + NR - 1) / NR * NR);
+    channels = std::clamp<int64_t>(131072 / (p.tap_count * width * int64_t(sizeof(C))), 1, std::max<int64_t>(p.in, 1));
+    parts = (p.in + channels - 1) / channels;
+    channels = (p.in + parts - 1) / std::max<int64_t>(parts, 1);
+    splits = 1;
+    if (p.threads > 1 && parts * p.groups < 2 * p.threads)
+      splits = std::clamp<int64_t>((2 * p.threads + parts * p.groups - 1) / (parts * p.groups), 1,
+                                   std::max<int64_t>(p.out / kRows, 1));
+  }
+  int64_t tasks() const { return p.groups * parts * splits; }
+
+  void run(int64_t task) const {
+    const int64_t group = task / (parts * splits), part = task / splits % parts, split = task % splits;
+    const int64_t c0 = part * channels, c1 = std::min(c0 + channels, p.in);
+    const int64_t m0 = p.out * split / splits, m1 = p.out * (split + 1) / splits;
+    if (c0 >= c1 || m0 >= m1) return;
+    const int64_t columns = (c1 - c0) * p.tap_count;
+    Scratch<C> patches(columns * width + NR), rows(kRows * width + NR), sums((m1 - m0) * columns);
+    Scratch<PixelRun> runs(width);
+    const int64_t most_runs = std::min(width, width / std::min<int64_t>(p.OW, NR) + width / p.OW + 2);
+    Scratch<Piece> pieces(most_pieces(p.tap_count, most_runs, width, NR));
+    std::fill(sums.data(), sums.data() + (m1 - m0) * columns, C(0));
+    for (int64_t q = 0; q < pixels; q += width) {
+      const int64_t cols = std::min(width, pixels - q);
+      const int count = split_pixels(q, cols, p.OH, p.OW, NR, runs);
+      int64_t farthest;
+      const int64_t n = plan_pieces(p, runs.data(), count, cols, width, pieces.data(), farthest);
+      gather_panel(p, p.source + (group * p.in + c0) * p.source_strides.channel, c1 - c0, pieces.data(), n, farthest,
+                   width, patches.data());
+      for (int64_t m = m0; m < m1; m += kRows) {
+        const int64_t height = std::min(kRows, m1 - m);
+        for (int64_t i = 0; i < height; ++i) gather_grad(q, cols, group * p.out + m + i, rows + i * width);
+        for (int64_t i = 0; i < height; i += 3) {
+          C* to = sums + (m - m0 + i) * columns;
+          const C* a = rows + i * width;
+          if (height - i >= 3)
+            dot_columns<C, 3>(a, patches, columns, width, to, columns);
+          else if (height - i == 2)
+            dot_columns<C, 2>(a, patches, columns, width, to, columns);
+          else
+            dot_columns<C, 1>(a, patches, columns, width, to, columns);
+        }
+      }
+    }
+    for (int64_t m = m0; m < m1; ++m)
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t t = 0; t < p.tap_count; ++t)
+          g.put(group, m, c, t, sums[(m - m0) * columns + (c - c0) * p.tap_count + t]);
+  }
+
+  // Pixels q … q + cols of one channel of grad_output, zero up to `width`.
+  void gather_grad(int64_t q, int64_t cols, int64_t channel, C* to) const {
+    const int64_t area = p.OH * p.OW;
+    int64_t image = q / area, at = q % area;
+    for (int64_t x = 0; x < cols; ++image, at = 0) {
+      const int64_t n = std::min(area - at, cols - x);
+      copy_run(to + x, g.grad + image * p.target_strides.image + channel * p.target_strides.channel + at, n);
+      x += n;
+    }
+    std::fill(to + cols, to + width, C(0));
+  }
+};
+
+// ---- NHWC, outer products ------------------------------------------------------------------------------------------
+
+template <class T>
+struct GradWeightNhwc {
+  using C = Compute<T>;
+  static constexpr int L = kLanes<C>, NR = kNR<C>;
+  static constexpr int64_t kPixels = 256, kPanels = 4;
+  const Conv2dGradWeight<T>& g;
+  const Conv2dPass<T>& p;
+  const C* zeros;
+  int64_t pixels, panels, parts, splits;
+
+  GradWeightNhwc(const Conv2dGradWeight<T>& grad, const C* zero_pixel) : g(grad), p(grad.p), zeros(zero_pixel) {
+    pixels = p.N * p.OH * p.OW;
+    panels = (p.out + NR - 1) / NR;
+    parts = (panels + kPanels - 1) / kPanels;
+    splits = 1;
+    if (p.threads > 1 && parts * p.groups < 2 * p.threads)
+      splits = std::clamp<int64_t>((2 * p.threads + parts * p.groups - 1) / (parts * p.groups), 1,
+                                   (p.in + 2 * kTileRows - 1) / (2 * kTileRows));
+  }
+  int64_t tasks() const { return p.groups * parts * splits; }
+
+  void run(int64_t task) const {
+    const int64_t group = task / (parts * splits), part = task / splits % parts, split = task % splits;
+    const int64_t panel0 = part * kPanels, panel1 = std::min(panel0 + kPanels, panels);
+    const int64_t c0 = p.in * split / splits, c1 = p.in * (split + 1) / splits;
+    if (c0 >= c1 || panel0 >= panel1) return;
+    const int64_t wide = (panel1 - panel0) * NR, depth = c1 - c0;
+    constexpr bool in_place = std::is_same_v<T, C>;
+    Scratch<C> sums(p.tap_count * depth * wide), grads(wide * kPixels), copies(in_place ? 0 : kPixels * depth);
+    Scratch<const C*> pointers(kPixels);
+    std::fill(sums.data(), sums.data() + p.tap_count * depth * wide, C(0));
+    const EvenRows even(depth);
+    for (int64_t q = 0; q < pixels; q += kPixels) {
+      const int64_t n = std::min(kPixels, pixels - q);
+      for (int64_t panel = panel0; panel < panel1; ++panel) {
+        const int64_t m = panel * NR;
+        pack_panel<NR>(g.grad + q * p.target_strides.column + group * p.out + m, 1, p.target_strides.column,
+                       std::min<int64_t>(NR, p.out - m), n, grads + (panel - panel0) * NR * kPixels);
+      }
+      for (int64_t t = 0; t < p.tap_count; ++t) {
+        point(q, n, t, group * p.in + c0, depth, pointers, copies);
+        for (int64_t panel = panel0; panel < panel1; ++panel) {
+          const C* b = grads + (panel - panel0) * NR * kPixels;
+          for (int64_t tile = 0; tile < even.tiles; ++tile) {
+            const int64_t c = even.begin(tile);
+            C* to = sums + (t * depth + c) * wide + (panel - panel0) * NR;
+            with_exact_rows(even.begin(tile + 1) - c, [&](auto h) {
+              if (p.out - panel * NR <= L)
+                tile_sums<decltype(h)::value, 1>(pointers, c, n, b, to, wide);
+              else
+                tile_sums<decltype(h)::value, 2>(pointers, c, n, b, to, wide);
+            });
+          }
+        }
+      }
+    }
+    for (int64_t k = panel0 * NR; k < std::min(panel1 * NR, p.out); ++k)
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t t = 0; t < p.tap_count; ++t)
+          g.put(group, k, c, t, sums[(t * depth + c - c0) * wide + k - panel0 * NR]);
+  }
+
+  // Where channel `channel` of each of n pixels lies under tap t.
+  void point(int64_t q, int64_t n, int64_t t, int64_t channel, int64_t depth, const C** pointers, C* copies) const {
+    const ImageStrides& st = p.source_strides;
+    int64_t image = q / (p.OH * p.OW), rest = q % (p.OH * p.OW), y = rest / p.OW, x = rest % p.OW;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t iy = y * p.step_h + p.taps[t].dy, ix = x * p.step_w + p.taps[t].dx;
+      pointers[i] = zeros;
+      if (iy >= 0 && iy < p.H && ix >= 0 && ix < p.W) {
+        const T* from = p.source + image * st.image + iy * st.row + ix * st.column + channel;
+        if constexpr (std::is_same_v<T, C>) {
+          pointers[i] = from;
+        } else {
+          copy_run(copies + i * depth, from, depth);
+          pointers[i] = copies + i * depth;
+        }
+      }
+      if (++x == p.OW) {
+        x = 0;
+        if (++y == p.OH) y = 0, ++image;
+      }
+    }
+  }
+
+  template <int ROWS, int VECTORS>
+  static void tile_sums(const C* const* pointers, int64_t c, int64_t n, const C* __restrict b, C* sums,
+                        int64_t stride) {
+    Vec<C> acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) acc[i][j] = zero<C>();
+    for (int64_t q = 0; q < n; ++q, b += NR) {
+      const C* pixel = pointers[q] + c;
+      Vec<C> column[VECTORS];
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) column[j] = load(b + j * L);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec<C> x = splat<C>(pixel[i]);
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(x, column[j], acc[i][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) {
+        C* to = sums + i * stride + j * L;
+        store(to, load(to) + acc[i][j]);
+      }
+  }
+};
+
+// ---- direct --------------------------------------------------------------------------------------------------------
+
+// One group, NCHW: grad rows and padded input rows lie in L1, up to five taps' dot products at a time. Two accumulators a
+// tap: neighbouring vectors of a row, or neighbouring rows where a row is one vector.
+template <class T>
+struct DirectGradWeightNchw {
+  using C = Compute<T>;
+  static constexpr int L = kLanes<C>;
+  const Conv2dGradWeight<T>& g;
+  const Conv2dPass<T>& p;
+  const DirectNchw<T> geometry;
+  int64_t width;     // of a row of grad, whole vectors
+  bool row_pairs;
+
+  explicit DirectGradWeightNchw(const Conv2dGradWeight<T>& grad) : g(grad), p(grad.p), geometry(grad.p, nullptr) {
+    width = (p.OW + L - 1) / L * L;
+    row_pairs = width == L;
+  }
+  int64_t block_size() const { return geometry.block_size(); }
+  int64_t grad_size() const { return (geometry.band + 1) * width; }
+
+  void run(int64_t group, C* block, C* rows, C* sums) const {
+    const int64_t depth = p.depth();
+    std::fill(sums, sums + p.out * depth, C(0));
+    for (int64_t image = 0; image < p.N; ++image)
+      for (int64_t y0 = 0; y0 < p.OH; y0 += geometry.band) {
+        const int64_t y1 = std::min(y0 + geometry.band, p.OH);
+        geometry.fill(image, group, y0, y1, block);
+        for (int64_t k = 0; k < p.out; ++k) {
+          const T* from =
+              g.grad + image * p.target_strides.image + (group * p.out + k) * p.target_strides.channel;
+          for (int64_t y = y0; y < y1; ++y) {
+            C* to = rows + (y - y0) * width;
+            copy_run(to, from + y * p.target_strides.row, p.OW);
+            std::fill(to + p.OW, to + width, C(0));
+          }
+          for (int64_t d = 0; d < depth;) {
+            const int64_t n = depth - d;
+            C* to = sums + k * depth + d;
+            if (n >= 5 && n != 6) {
+              dots<5>(block, rows, y1 - y0, d, to), d += 5;
+            } else if (n >= 3) {
+              dots<3>(block, rows, y1 - y0, d, to), d += 3;
+            } else {
+              dots<1>(block, rows, y1 - y0, d, to), d += 1;
+            }
+          }
+        }
+      }
+    for (int64_t k = 0; k < p.out; ++k)
+      for (int64_t c = 0; c < p.in; ++c)
+        for (int64_t t = 0; t < p.tap_count; ++t) g.put(group, k, c, t, sums[k * depth + c * p.tap_count + t]);
+  }
+
+  template <int TAPS>
+  void dots(const C* block, const C* rows, int64_t height, int64_t first, C* sums) const {
+    Vec<C> acc[TAPS][2];
+    const C* tap[TAPS];
+#pragma GCC unroll 5
+    for (int t = 0; t < TAPS; ++t) {
+      acc[t][0] = acc[t][1] = zero<C>();
+      tap[t] = block + geometry.offsets[first + t];
+    }
+    const int64_t down = p.step_h * geometry.row;
+    auto one = [&](const C* grad, int64_t at, int which) {
+      const Vec<C> x = load(grad);
+#pragma GCC unroll 5
+      for (int t = 0; t < TAPS; ++t) acc[t][which] = fma(x, load(tap[t] + at), acc[t][which]);
+    };
+    if (row_pairs) {
+      int64_t y = 0;
+      for (; y + 2 <= height; y += 2) {
+        one(rows + y * width, y * down, 0);
+        one(rows + (y + 1) * width, (y + 1) * down, 1);
+      }
+      if (y < height) one(rows + y * width, y * down, 0);
+    } else {
+      for (int64_t y = 0; y < height; ++y) {
+        int64_t x = 0;
+        for (; x + 2 * L <= width; x += 2 * L) {
+          one(rows + y * width + x, y * down + x, 0);
+          one(rows + y * width + x + L, y * down + x + L, 1);
+        }
+        if (x < width) one(rows + y * width + x, y * down + x, 0);
+      }
+    }
+#pragma GCC unroll 5
+    for (int t = 0; t < TAPS; ++t) sums[t] += reduce_add<C>(acc[t][0] + acc[t][1]);
+  }
+};
+
+// Some output channels, NHWC: the spread block of the forward, up to five (tap, channel) sums at a time.
+template <class T>
+struct DirectGradWeightNhwc {
+  using C = Compute<T>;
+  static constexpr int L = kLanes<C>;
+  const Conv2dGradWeight<T>& g;
+  const Conv2dPass<T>& p;
+  const DirectNhwc<T> geometry;
+
+  explicit DirectGradWeightNhwc(const Conv2dGradWeight<T>& grad)
+      : g(grad), p(grad.p), geometry(grad.p, nullptr, nullptr) {}
+  int64_t tasks() const { return (geometry.channels + geometry.chunk - 1) / geometry.chunk; }
+
+  void run(int64_t task, C* spread, DirectTap<C>* taps, C* sums) const {
+    const int64_t first = task * geometry.chunk, last = std::min(first + geometry.chunk, geometry.channels);
+    const int64_t depth = p.depth(), chunk = geometry.chunk;
+    std::fill(sums, sums + depth * chunk, C(0));
+    geometry.list_taps(taps);
+    for (int64_t image = 0; image < p.N; ++image)
+      for (int64_t y0 = 0; y0 < p.OH; y0 += geometry.band) {
+        const int64_t y1 = std::min(y0 + geometry.band, p.OH);
+        geometry.spread_block(image, y0, y1, first, last, spread);
+        for (int64_t k = 0; k < last - first; k += L)
+          for (int64_t d = 0; d < depth;) {
+            C* to = sums + d * chunk + k;
+            const int64_t cols = last - first - k;
+            if (depth - d >= 5) {
+              add<5>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 5;
+            } else if (depth - d >= 2) {
+              add<2>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 2;
+            } else {
+              add<1>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 1;
+            }
+          }
+      }
+    for (int64_t k = first; k < last; ++k)
+      for (int64_t t = 0; t < p.tap_count; ++t)
+        for (int64_t c = 0; c < p.in; ++c)
+          g.put(k / p.out, k % p.out, c, t, sums[(t * p.in + c) * chunk + k - first]);
+  }
+
+  template <int TAPS>
+  void add(int64_t image, int64_t y0, int64_t y1, int64_t k, int64_t cols, const C* spread, const DirectTap<C>* taps,
+           C* sums) const {
+    const ImageStrides& st = p.target_strides;
+    const int64_t pixel = p.in * geometry.chunk, row = geometry.spread_width() * pixel;
+    Vec<C> acc[TAPS][2];
+#pragma GCC unroll 5
+    for (int t = 0; t < TAPS; ++t) acc[t][0] = acc[t][1] = zero<C>();
+    auto one = [&](const T* grad, const C* x, int which) {
+      const Vec<C> dy = cols >= L ? load(grad) : load_first(grad, cols);
+#pragma GCC unroll 5
+      for (int t = 0; t < TAPS; ++t) acc[t][which] = fma(dy, load(x + taps[t].offset), acc[t][which]);
+    };
+    for (int64_t y = y0; y < y1; ++y) {
+      const T* grad = g.grad + image * st.image + y * st.row + k;
+      const C* x = spread + (y - y0) * p.step_h * row;
+      int64_t i = 0;
+      for (; i + 2 <= p.OW; i += 2) {
+        one(grad + i * st.column, x + i * p.step_w * pixel, 0);
+        one(grad + (i + 1) * st.column, x + (i + 1) * p.step_w * pixel, 1);
+      }
+      if (i < p.OW) one(grad + i * st.column, x + i * p.step_w * pixel, 0);
+    }
+#pragma GCC unroll 5
+    for (int t = 0; t < TAPS; ++t) {
+      C* to = sums + t * geometry.chunk;
+      store(to, load(to) + acc[t][0] + acc[t][1]);
+    }
+  }
+};
+
+// ---- choice --------------------------------------------------------------------------------------------------------
+
+template <class T>
+void conv2d_grad_weight(const Conv2dGradWeight<T>& g, Conv2dAlgorithm algorithm, bool channels_last) {
+  using C = Compute<T>;
+  const Conv2dPass<T>& p = g.p;
+  if (p.groups * p.out * p.depth() == 0) return;
+  const int threads = worth_threads(p.threads, p.flops(), 0);
+  auto each_task = [&](int64_t tasks, const auto& make_memory) {
+    std::atomic<int64_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+      make_memory([&](const auto& run) {
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
+      });
+    });
+  };
+  const bool empty = p.N * p.OH * p.OW == 0;
+  if (empty) {
+    for (int64_t m = 0; m < p.groups * p.out; ++m)
+      for (int64_t c = 0; c < p.in; ++c)
+        for (int64_t t = 0; t < p.tap_count; ++t) g.put(m / p.out, m % p.out, c, t, C(0));
+  } else if (algorithm == Conv2dAlgorithm::Direct && channels_last) {
+    const DirectGradWeightNhwc<T> kernel(g);
+    each_task(kernel.tasks(), [&](const auto& loop) {
+      Scratch<C> spread(kernel.geometry.spread_size()), sums(p.depth() * kernel.geometry.chunk);
+      Scratch<DirectTap<C>> taps(p.depth());
+      loop([&](int64_t task) { kernel.run(task, spread, taps, sums); });
+    });
+  } else if (algorithm == Conv2dAlgorithm::Direct) {
+    const DirectGradWeightNchw<T> kernel(g);
+    each_task(p.groups, [&](const auto& loop) {
+      Scratch<C> block(kernel.block_size()), rows(kernel.grad_size()), sums(p.out * p.depth());
+      loop([&](int64_t task) { kernel.run(task, block, rows, sums); });
+    });
+  } else if (channels_last) {
+    Scratch<C> zeros(p.in);
+    std::fill(zeros.data(), zeros.data() + p.in, C(0));
+    const GradWeightNhwc<T> kernel(g, zeros);
+    for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });
+  } else {
+    const GradWeightNchw<T> kernel(g);
+    for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });
+  }
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA

@@ -1,0 +1,16 @@
+// The table of convolution kernels that each ISA's stub exports.
+#pragma once
+
+#include "fastnn/conv2d.h"
+
+namespace fastnn::cpu {
+
+struct Conv2dKernels {
+  void (*forward)(const Conv2dParams&);
+  void (*backward)(const Conv2dBackwardParams&);
+  void (*activation_backward)(const Conv2dActivationBackwardParams&);
+  int64_t (*packed_size)(const Conv2dParams&);
+  void (*pack)(const Conv2dParams&, void* packed);
+};
+
+}  // namespace fastnn::cpu

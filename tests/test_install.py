@@ -1,0 +1,113 @@
+"""What a new user does: the commands of the README, a wheel in a new environment, an install without torch."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def run(*command, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel made of this tree as ``pip wheel`` makes it; objects that are compiled already are not compiled again."""
+    folder = tmp_path_factory.mktemp("wheel")
+    environment = os.environ | {"MAX_JOBS": os.environ.get("MAX_JOBS", "2"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT,
+        env=environment)  # fmt: skip
+    (file,) = folder.glob("fastnn-*.whl")
+    return file
+
+
+def test_a_wheel_installs_and_imports_in_a_new_environment(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env/bin/python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    # torch and what it needs come from here: a path file instead of gigabytes of copies
+    (site / "torch_from_outside.pth").write_text("\n".join(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+    run(python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel)
+    code = (
+        "import fastnn, torch; from fastnn import functional as f\n"
+        "assert f.linear(torch.ones(2, 3), torch.ones(4, 3)).eq(3).all()\n"
+        "print(fastnn.__file__, fastnn.__version__)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    file, version = run(python, "-c", code, cwd=tmp_path, env=clean).stdout.split()
+    assert Path(file).is_relative_to(site)
+    assert version in wheel.name
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    import zipfile
+
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"fastnn", next(name for name in folders if name.endswith(".dist-info"))}
+    assert sum(name.endswith(".so") for name in names) == 1
+    for path in (ROOT / "fastnn").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
+
+
+def test_without_torch_setup_says_one_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path("setup.py")
+    assert "pip install --no-build-isolation ." in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_versions_agree():
+    import fastnn
+
+    assert re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1) == fastnn.__version__
+
+
+def commands() -> list[str]:
+    """Every line of the README and CONTRIBUTING that starts with make."""
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    return sorted(set(re.findall(r"^(make [^#\n]*?)\s*(?:#.*)?$", text, re.M)))
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+@pytest.mark.parametrize("command", [*commands(), "make lint", "make clean", "make test VENV= PYTHON=python3"])
+def test_make_knows_what_the_documents_name(command):
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "VENV")}
+    run("bash", "-c", command.replace("make", "make -n", 1), cwd=ROOT, env=clean)
+
+
+def test_the_readme_names_both_commands():
+    assert {"make demo", "make test"} <= set(commands())
+    assert "pip install --no-build-isolation ." in README
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", README, re.M | re.S))
+def test_the_readmes_example_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for document in ("README.md", "CONTRIBUTING.md", "csrc/README.md", "bench/results/BENCH.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
+
+
+def test_ci_runs_make_test():
+    text = (ROOT / ".ci/run").read_text()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert re.findall(r"^make .*", text, re.M) == ["make test </dev/null"]
