@@ -187,6 +187,20 @@ __attribute__((noinline)) void rnn_pack_columns(DType dtype, const void* from, i
   }
 }
 
+// r[0][j] = sum of the lanes of r[j]. Each round halves the vectors: of a pair, the lanes without bit D go on with the
+// first, those with it with the second.
+template <class C, int D = kLanes<C> / 2>
+FASTNN_INLINE void rnn_sum_lanes(Vec<C>* r) {
+  if constexpr (D > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) {
+      swap_halves<C, D>(r[i], r[i + D], std::make_integer_sequence<int, kLanes<C>>{});
+      r[i] += r[i + D];
+    }
+    rnn_sum_lanes<C, D / 2>(r);
+  }
+}
+
 // Lane j: sum over k of w[j * ld + k] * x[k], for the first `lanes` rows of w; nothing packed. Other lanes are undefined.
 template <class C, class T>
 FASTNN_INLINE Vec<C> rnn_dots_of(const T* w, int64_t ld, int64_t lanes, int64_t depth, const C* x) {
@@ -225,18 +239,7 @@ FASTNN_INLINE Vec<C> rnn_dots_of(const T* w, int64_t ld, int64_t lanes, int64_t 
 #pragma GCC unroll 4
     for (int u = 1; u < UNROLL; ++u) r[j] += sum[u][j];
   }
-  // Each round halves the vectors: lanes without bit d go on with vector i, lanes with it with vector i + d.
-#pragma GCC unroll 4
-  for (int d = L / 2; d > 0; d /= 2) {
-    Vec<Bits<C>> low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < L; ++lane) {
-      low[lane] = lane & d ? L + (lane - d) : lane;
-      high[lane] = lane & d ? L + lane : lane + d;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < d; ++i) r[i] = __builtin_shuffle(r[i], r[i + d], low) + __builtin_shuffle(r[i], r[i + d], high);
-  }
+  rnn_sum_lanes<C>(r);
   return r[0];
 }
 
