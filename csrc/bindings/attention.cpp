@@ -157,7 +157,7 @@ Problem check(const Tensor& query, const Tensor& key, const Tensor& value, const
     p.mask = {mask->const_data_ptr(), q.mask_at.data(), rows == 1 ? 0 : mask->stride(-2), cols == 1 ? 0 : mask->stride(-1)};
   }
 
-  p.scale = o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
+  p.scale = p.head_dim == 0 ? 1 : o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
   p.softcap = o.softcap.value_or(0);
   p.dropout_p = o.dropout_p;
   p.philox_seed = o.dropout_p > 0 ? static_cast<uint64_t>(*philox_seed->const_data_ptr<int64_t>()) : 0;
