@@ -49,8 +49,11 @@ def sensitivity(query, key, value, attn_mask=None, **options):
     scale = options.get("scale") or 1 / math.sqrt(max(query.shape[-1], 1))
     enable_gqa = options.get("enable_gqa", False)
     repeat = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    scores = query.double().abs() @ key.double().abs().repeat_interleave(repeat, -3).transpose(-2, -1) * abs(scale) \
-        if enable_gqa else query.double().abs() @ key.double().abs().transpose(-2, -1) * abs(scale)
+    scores = (
+        query.double().abs() @ key.double().abs().repeat_interleave(repeat, -3).transpose(-2, -1) * abs(scale)
+        if enable_gqa
+        else query.double().abs() @ key.double().abs().transpose(-2, -1) * abs(scale)
+    )
     if attn_mask is not None and attn_mask.is_floating_point():
         scores = scores + attn_mask.double().abs().nan_to_num(0, 0, 0)
     largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
@@ -75,7 +78,9 @@ def check(query, key, value, attn_mask=None, stock=None, **options):
 @pytest.mark.parametrize("isa", testing.available_isas())
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_every_edge_of_the_tile(isa, dtype):
-    sizes = [(length, keys) for length in (0, 1, 2, 5, 6, 7, 8, 9, 13, 15) for keys in (0, 1, 7, 8, 9, 16, 33, 127, 129)]
+    sizes = [
+        (length, keys) for length in (0, 1, 2, 5, 6, 7, 8, 9, 13, 15) for keys in (0, 1, 7, 8, 9, 16, 33, 127, 129)
+    ]
     with testing.forced_isa(isa):
         for (length, keys), (name, options) in zip(sizes, itertools.cycle(OPTIONS.items())):
             check(*tensors((2, length, keys, 8, 16), dtype), **options)
@@ -108,7 +113,9 @@ def test_shapes_of_models(case):
     assert own <= 2 * theirs + torch.finfo(torch.float32).eps, (own, theirs)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 3, 5, 7), (2, 1, 1, 7), (3, 5, 1), (5, 7), (7,), (1,), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (1, 3, 5, 7), (2, 1, 1, 7), (3, 5, 1), (5, 7), (7,), (1,), ()], ids=str
+)
 @pytest.mark.parametrize("kind", ["bool", "additive", "float32", "infinite"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_masks(shape, kind, dtype):
@@ -216,12 +223,22 @@ def test_layouts(layout, dtype):
         leaves = tensors((2, 3, length, 37, 9, 11), dtype, layout, requires_grad=True)
         dense = [t.detach().contiguous().requires_grad_() for t in leaves]
         output, expected = attention(*leaves), attention(*dense)
-        torch.testing.assert_close(output, expected, rtol=3e-3 if dtype in testing.HALF_DTYPES else 1e-5, atol=1e-3 if dtype in testing.HALF_DTYPES else 1e-6)
+        torch.testing.assert_close(
+            output,
+            expected,
+            rtol=3e-3 if dtype in testing.HALF_DTYPES else 1e-5,
+            atol=1e-3 if dtype in testing.HALF_DTYPES else 1e-6,
+        )
         grad = testing.laid_out(torch.randn_like(expected), layout)
         for own, other in zip(
             torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, dense, grad), strict=True
         ):
-            torch.testing.assert_close(own, other, rtol=2e-2 if dtype in testing.HALF_DTYPES else 1e-4, atol=2e-2 if dtype in testing.HALF_DTYPES else 1e-5)
+            torch.testing.assert_close(
+                own,
+                other,
+                rtol=2e-2 if dtype in testing.HALF_DTYPES else 1e-4,
+                atol=2e-2 if dtype in testing.HALF_DTYPES else 1e-5,
+            )
 
 
 def test_output_lies_as_query_does():
@@ -250,7 +267,9 @@ def test_backward_against_the_oracle(isa, options):
             grads = testing.random(output.shape, dtype), testing.random(lse.shape, lse.dtype)
             seen = expected_lse.isfinite()
             own = torch.autograd.grad((output, lse), leaves, (grads[0], grads[1] * seen))
-            wanted = torch.autograd.grad((expected, expected_lse), double, (grads[0].double(), grads[1].double() * seen))
+            wanted = torch.autograd.grad(
+                (expected, expected_lse), double, (grads[0].double(), grads[1].double() * seen)
+            )
             tolerance = {torch.float32: 2e-5, torch.float64: 1e-13, torch.float16: 8e-3, torch.bfloat16: 6e-2}[dtype]
             for name, grad, other in zip(("query", "key", "value"), own, wanted, strict=True):
                 assert grad.dtype == dtype and grad.shape == other.shape
@@ -259,7 +278,9 @@ def test_backward_against_the_oracle(isa, options):
                 assert error <= tolerance, (name, dtype, shape, error)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40, 110), (1, 3, 40, 110), (2, 1, 1, 110), (3, 40, 1), (40, 110), (1, 1), (110,), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40, 110), (1, 3, 40, 110), (2, 1, 1, 110), (3, 40, 1), (40, 110), (1, 1), (110,), ()], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_of_an_additive_mask(shape, dtype):
     leaves = tensors((2, 3, 40, 110, 8, 8), dtype, requires_grad=True)

@@ -11,7 +11,7 @@ namespace fastnn::cpu::FASTNN_ISA {
 
 inline constexpr int64_t kAttentionKeys = 128;  // keys of a block
 inline constexpr int64_t kDecodeRows = 8;       // more rows than these pay for packing
-inline constexpr int64_t kValueKeys = 16;      // keys whose values are added at a time
+inline constexpr int64_t kValueKeys = 16;       // keys whose values are added at a time
 inline constexpr int64_t kStateRows = 16;       // most rows of a strip, at least MR and kDecodeRows
 
 // Running maximum of the scores, sum of exponentials and weighted sum of values of each row.
@@ -31,7 +31,8 @@ struct AttentionState {
     for (int64_t r = 0; r < rows; ++r) {
       const C top = maximum[r] < other.maximum[r] ? other.maximum[r] : maximum[r];
       const C safe = top == kNegativeInfinity<C> ? C(0) : top;
-      const C mine = exp2_nonpositive((maximum[r] - safe) * c), theirs = exp2_nonpositive((other.maximum[r] - safe) * c);
+      const C mine = exp2_nonpositive((maximum[r] - safe) * c),
+              theirs = exp2_nonpositive((other.maximum[r] - safe) * c);
       maximum[r] = top;
       sum[r] = sum[r] * mine + other.sum[r] * theirs;
       C* a = acc + r * stride;
@@ -219,14 +220,14 @@ inline void attend_few(const AttentionParams& p, int64_t item, int64_t rows, int
   const T* const value = static_cast<const T*>(p.value.data) + p.value.offset[item];
   const Range seen = visible_keys(p, 0, rows);
   k_end = std::min(k_end, seen.end);
-  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end;
-       k0 += kAttentionKeys) {
+  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end; k0 += kAttentionKeys) {
     const int64_t count = std::min(kAttentionKeys, k_end - k0), padded = (count + L - 1) / L * L;
     for (int64_t j = 0; j < count; j += L) {
       const T* line[L];
       for (int i = 0; i < L; ++i) line[i] = key + std::min(k0 + j + i, k_end - 1) * p.key.row_stride;
       const int64_t ahead = k0 + j + 2 * L;
-      if (ahead < k_end) prefetch_rows(key + ahead * p.key.row_stride, p.key.row_stride, std::min<int64_t>(L, k_end - ahead), E);
+      if (ahead < k_end)
+        prefetch_rows(key + ahead * p.key.row_stride, p.key.row_stride, std::min<int64_t>(L, k_end - ahead), E);
       with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
         decode_scores<decltype(height)::value, T>(query + i * query_stride, query_stride, line, E,
                                                   score + i * kAttentionKeys + j);
@@ -245,10 +246,10 @@ inline void attend_few(const AttentionParams& p, int64_t item, int64_t rows, int
         prefetch_rows(value + ahead * p.value.row_stride, p.value.row_stride, std::min(kValueKeys, k_end - ahead),
                       p.value_dim);
       with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
-        decode_values<decltype(height)::value, T>(
-            score + i * kAttentionKeys + k, value + (k0 + k) * p.value.row_stride, p.value.row_stride,
-            std::min(kValueKeys, count - k), p.value_dim, k == 0 ? alpha + i : ones, state.acc + i * state.stride,
-            state.stride);
+        decode_values<decltype(height)::value, T>(score + i * kAttentionKeys + k, value + (k0 + k) * p.value.row_stride,
+                                                  p.value.row_stride, std::min(kValueKeys, count - k), p.value_dim,
+                                                  k == 0 ? alpha + i : ones, state.acc + i * state.stride,
+                                                  state.stride);
       });
     }
   }
