@@ -1,7 +1,7 @@
 """Trains a small convolutional network on scikit-learn's handwritten digits, with torch's modules and with fastnn's.
 
-    python examples/cnn.py            both, side by side
-    python examples/cnn.py --stock    torch's own modules only
+python examples/cnn.py            both, side by side
+python examples/cnn.py --stock    torch's own modules only
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """Two 3×3 convolutions, each with ReLU and 2×2 pooling, and two linear layers. ``layers``: torch.nn or fastnn.nn."""
+    """Two 3×3 convolutions with ReLU and 2×2 pooling, then two linear layers; ``layers`` is torch.nn or fastnn.nn."""
 
     def __init__(self, layers):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Trains one model with torch's modules and with fastnn's, taking turns on the same batches, and prints both beside each other."""
+"""Trains one model with torch's modules and with fastnn's, in turns on the same batches; prints both side by side."""
 
 from __future__ import annotations
 

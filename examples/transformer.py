@@ -1,10 +1,11 @@
-"""Trains a small transformer to guess the next character of Python's standard library, with torch's modules and fastnn's.
+"""Trains a small transformer to guess the next character of Python's library, with torch's modules and with fastnn's.
 
     python examples/transformer.py            both, side by side
     python examples/transformer.py --stock    torch's own modules only
 
-Dropout is drawn from torch's generator by the ``nn.Dropout`` modules of the layers, so both models drop the same units. The
-attention weights themselves are not dropped: inside a fused kernel each library draws its own.
+Dropout is drawn from torch's generator by the ``nn.Dropout`` modules of the layers, so both models drop the same units.
+The attention weights themselves are not dropped: inside a fused kernel each library draws its own. Activations are
+``[length, batch, width]``: that way both keep them in one order in memory, which is the order in which dropout draws.
 """
 
 from __future__ import annotations
@@ -30,16 +31,15 @@ class Model(nn.Module):
         self.characters = nn.Embedding(len(ALPHABET), width)
         self.positions = nn.Parameter(torch.randn(LENGTH, width) * 0.02)
         self.dropout = nn.Dropout(0.1)
-        layer = layers.TransformerEncoderLayer(width, 4, 4 * width, 0.1, "gelu", batch_first=True, norm_first=True)
+        layer = layers.TransformerEncoderLayer(width, 4, 4 * width, 0.1, "gelu", norm_first=True)
         layer.self_attn.dropout = 0.0
         self.encoder = layers.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = layers.Linear(width, len(ALPHABET))
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH), persistent=False)
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.dropout(self.characters(text) + self.positions[: text.shape[1]])
-        mask = self.mask[: text.shape[1], : text.shape[1]]
-        return self.head(self.encoder(x, mask=mask, is_causal=True))
+        x = self.dropout(self.characters(text.T) + self.positions.unsqueeze(1))
+        return self.head(self.encoder(x, mask=self.mask, is_causal=True).transpose(0, 1))
 
 
 def library_source(limit: int = 2_000_000) -> Tensor:

@@ -1,7 +1,7 @@
 """Swaps the modules of a model for fastnn's, in place on the instance, and back.
 
-A module is swapped by changing its class: the object stays the one that hooks, optimizers and other modules hold, and keeps
-its parameters, buffers, hooks, names and flags. Torch's own parametrizations do the same.
+A module is swapped by changing its class: the object stays the one that hooks, optimizers and other modules hold, and
+keeps its parameters, buffers, hooks, names and flags. Torch's own parametrizations do the same.
 """
 
 from __future__ import annotations
@@ -13,25 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import _fallback, trace
+from fastnn import _fallback, huggingface, trace
 from fastnn.freeze import _BEFORE
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
+from fastnn.functional.conv2d import padded_conv2d
 
-_NAMES = (
-    "Linear Conv2d RNN GRU LSTM RNNCell GRUCell LSTMCell MultiheadAttention TransformerEncoderLayer "
-    "TransformerDecoderLayer TransformerEncoder TransformerDecoder Transformer"
-).split()
-_FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in _NAMES if hasattr(fastnn.nn, name)}
-_FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.Linear
+_FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__}
+_FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
 _OWN = tuple(set(_FAST.values()))
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
 _REASON = "_fastnn_reason"  # on a module left alone: why, where that cannot be read off it later
@@ -39,18 +34,29 @@ _ATTENTION = "_fastnn_attention"  # on a Hugging Face model: the attention it ha
 
 
 class PaddedConv2d(fastnn.nn.Conv2d):
-    """A convolution that pads its input with zeros first: what subclasses for TensorFlow's ``SAME`` do.
+    """A convolution that adds zeros of its own to the padding: what subclasses for TensorFlow's ``SAME`` do.
 
-    ``output = conv2d(pad(input, (left, right, top, bottom)), weight, bias)``
+    ``output = conv2d(pad(input, (left, right, top, bottom)), weight, bias)``, where the kernel does the padding.
     """
 
-    _zeros: tuple[int, int, int, int] = (0, 0, 0, 0)
+    _zeros: tuple[int, int, int, int]
 
-    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return super()._conv_forward(F.pad(input, self._zeros), weight, bias)
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        (rows, columns), (left, right, top, bottom) = self.padding, self._zeros
+        return padded_conv2d(
+            input,
+            weight,
+            bias,
+            list(self.stride),
+            [rows + top, rows + bottom, columns + left, columns + right],
+            list(self.dilation),
+            self.groups,
+            self.activation,
+            self._packed_for(input, weight),
+        )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fast_subclass(stock: type, fast: type) -> type:
     """Make the class that a user's subclass of a torch module becomes: its own but for ``forward``."""
 
@@ -116,17 +122,14 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for m in model.modules():
         values = [*m.__dict__.values(), *m._parameters.values(), *m._buffers.values()]
-        memo |= {id(v): v for v in values if isinstance(v, torch.Tensor)}
+        memo |= {id(v): v for v in values if isinstance(v, Tensor)}
     try:
         return copy.deepcopy(model, memo)
     except Exception as e:
         raise RuntimeError(
-            f"fastnn.accelerate: model must be copyable; got {type(e).__name__}: {e}. Use inplace=True to swap its modules where they are."
+            f"fastnn.accelerate: model must be copyable; got {type(e).__name__}: {e}. "
+            "Use inplace=True to swap its modules where they are."
         ) from e
-
-
-def _is_hugging_face(model: nn.Module) -> bool:
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__)
 
 
 def _check_module(function: str, model: Any) -> None:
@@ -143,13 +146,14 @@ def accelerate(
 ) -> nn.Module:
     """Return the model with every module that fastnn can serve swapped for fastnn's.
 
-    A swapped module keeps its parameters, buffers, hooks, flags and its names in the ``state_dict``. Hugging Face models also
-    get fastnn's attention through ``transformers``' attention interface. ``explain`` tells what happened, ``restore`` undoes it.
+    A swapped module keeps its parameters, buffers, hooks, flags and its names in the ``state_dict``. Hugging Face
+    models also get fastnn's attention through ``transformers``' attention interface. ``explain`` tells what happened,
+    ``restore`` undoes it.
 
     Args:
         model: any ``torch.nn.Module``.
-        inplace: swap in ``model`` itself. Otherwise ``model`` stays as it is, and the result is a copy of its modules that holds
-            the very same parameters and buffers: no memory is doubled, and an edit of a weight is seen by both.
+        inplace: swap in ``model`` itself. Otherwise ``model`` stays as it is, and the result is a copy of its modules
+            that holds the very same parameters and buffers: no memory is doubled, an edit of a weight is seen by both.
         freeze: declare the weights constant for inference, see :func:`fastnn.freeze`.
         filter_fn: ``filter_fn(module, name)``; False leaves that module alone.
 
@@ -177,12 +181,9 @@ def accelerate(
         _set_class(m, cls)
         m.__dict__.update(attributes)
         m.__dict__[_STOCK] = (stock, tuple(attributes))
-    for m in [m for m in model.modules() if _is_hugging_face(m) and _ATTENTION not in m.__dict__]:
-        from fastnn import huggingface
-
-        former = huggingface.switch(m)
-        if former is not None:
-            m.__dict__[_ATTENTION] = former
+    former = huggingface.switch(model)
+    if former is not None:
+        model.__dict__[_ATTENTION] = former
     if freeze:
         _freeze(model)
     return model
@@ -205,8 +206,6 @@ def restore(model: nn.Module) -> nn.Module:
     for m in model.modules():
         m.__dict__.pop(_REASON, None)
         if _ATTENTION in m.__dict__:
-            from fastnn import huggingface
-
             huggingface.restore(m, m.__dict__.pop(_ATTENTION))
         if _STOCK in m.__dict__:
             stock, added = m.__dict__.pop(_STOCK)
@@ -278,7 +277,7 @@ def explain(model: nn.Module) -> Explanation:
         model: any module, accelerated or not.
 
     Returns:
-        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused into another.
+        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -304,9 +303,15 @@ def explain(model: nn.Module) -> Explanation:
             if not why and m._parameters:
                 why = f"fastnn has no {cls.__name__}"
             rows.append(Row(name, cls.__name__, False, "; ".join(s for s in (why, note) if s)))
-    attention = []
+    return Explanation(rows, list(_attention(model)))
+
+
+def _attention(model: nn.Module) -> Iterator[str]:
+    """Tell, for each Hugging Face model in ``model``, who computes its attention."""
     for name, m in model.named_modules():
-        if _is_hugging_face(m):
-            by = "fastnn" if _ATTENTION in m.__dict__ else "torch"
-            attention.append(f"attention of {name or type(m).__name__}: {by}")
-    return Explanation(rows, attention)
+        if any(c.__name__ == "PreTrainedModel" for c in type(m).__mro__):
+            if getattr(m.config, "_attn_implementation", None) == huggingface.NAME:
+                by = "fastnn"
+            else:
+                by = f"torch: {huggingface.why_not(m) or 'not accelerated'}"
+            yield f"attention of {name or type(m).__name__} served by {by}"

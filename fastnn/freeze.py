@@ -1,16 +1,16 @@
-"""Declares weights constant for inference: packed once, batch norm folded into the convolution, activations into the kernel.
+"""Declares weights constant for inference: packs them, folds batch norms into convolutions, fuses activations.
 
-Parameters, buffers and names stay where they are, so the ``state_dict`` of a frozen model is what it was. What is derived from
-them (packed and folded copies) is kept apart, compared with its sources' version counters at each call, and made anew when
-they changed. With gradients wanted, it is computed from the parameters by differentiable operations instead.
+Parameters, buffers and names stay where they are, so the ``state_dict`` of a frozen model is what it was. What is
+derived from them (packed and folded copies) is kept apart, compared with its sources' version counters at each call,
+and made anew when they changed. With gradients wanted, it is computed from the parameters by differentiable operations.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import fastnn.nn
 from fastnn import trace
+from fastnn.nn._frozen import Fold
 
 _NOTE = "_fastnn_note"  # on a module: what freeze did with it, or why not
 _BEFORE = "_fastnn_before"  # on a folded batch norm or fused activation: the class it had
@@ -77,52 +78,8 @@ class FusedActivation(nn.Module):
         return self.__dict__[_BEFORE].__name__
 
 
-class Fold:
-    """A convolution's weight and bias with a batch norm multiplied in.
-
-    ``weight * s[:, None, None, None]`` and ``(bias - running_mean) * s + bn.bias`` with ``s = bn.weight / sqrt(running_var + eps)``.
-    """
-
-    def __init__(self, norm: nn.BatchNorm2d):
-        self.norm = norm
-        self._sources: tuple = ()
-        self._folded: tuple[Tensor, Tensor] | None = None
-
-    def __getstate__(self):
-        return {"norm": self.norm, "_sources": (), "_folded": None}
-
-    def tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the folded weight and bias: from the cache while no source changed, by autograd where a gradient is wanted."""
-        norm = self.norm
-        sources = (weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        given = [t for t in sources if t is not None]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
-            return self._compute(weight, bias, weight.dtype)
-        marks = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in given)
-        if self._folded is None or marks != self._sources:
-            with torch.no_grad():
-                self._folded = self._compute(weight, bias, torch.float64)
-            self._sources = marks
-        return self._folded
-
-    def _compute(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        norm = self.norm
-        scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight.to(dtype)
-        shift = -norm.running_mean.to(dtype) if bias is None else bias.to(dtype) - norm.running_mean.to(dtype)
-        shift = shift * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.to(dtype)
-        folded = weight.to(dtype) * scale[:, None, None, None]
-        return folded.to(weight.dtype), shift.to(weight.dtype)
-
-
 def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        module.__dict__.get(name)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    return any(module.__dict__.get(name) for name in trace.HOOKS)
 
 
 def _is_kernel(module: nn.Module) -> bool:
@@ -179,6 +136,10 @@ class _Region:
             return None
         return id(called[users[0]])
 
+    def owns(self, owners: dict[int, set[int]], key: int) -> bool:
+        """Say whether nothing but this region can call a module."""
+        return key not in self.hidden and owners.get(key, set()) <= self.inside
+
     def functional_follower(self, graphs: list[Graph], module: nn.Module) -> str | None:
         for graph in graphs:
             for node, m in trace.calls(graph, self.module):
@@ -188,7 +149,7 @@ class _Region:
         return None
 
 
-def _regions(root: nn.Module, names: dict[int, str]) -> Iterator[tuple[_Region, list[Graph]]]:
+def _regions(root: nn.Module) -> Iterator[tuple[_Region, list[Graph]]]:
     """Find the largest modules that can be traced; a module beneath that cannot be stays one call in its parent."""
     traced: dict[int, list[Graph]] = {}
     opaque: dict[int, str] = {}
@@ -251,13 +212,11 @@ def _fuse(root: nn.Module) -> None:
     observers = [{id(x) for x in m.modules()} for m in root.modules() if _has_hooks(m)]
     modules = {id(m): m for m in root.modules()}
 
-    for region, graphs in _regions(root, names):
+    def unseen(first: int, second: int) -> bool:
+        return all((first in o) == (second in o) for o in observers)
 
-        def ours(*keys: int) -> bool:
-            return all(k not in region.hidden and owners.get(k, set()) <= region.inside for k in keys)
-
-        def unseen(first: int, second: int) -> bool:
-            return all((first in o) == (second in o) for o in observers)
+    for region, graphs in _regions(root):
+        ours = functools.partial(region.owns, owners)
 
         tails = {k: modules[k] for k in region.followers if k in modules and _is_producer(modules[k]) and ours(k)}
         for key, conv in list(tails.items()):
@@ -325,16 +284,16 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, names: dict[int, str]) -> None:
 def freeze(module: nn.Module) -> nn.Module:
     """Declare the weights of fastnn's modules constant for inference, in place.
 
-    Weights are packed once. A ``BatchNorm2d`` that only follows one convolution is folded into it; an activation that only
-    follows convolutions and linear layers is computed by their kernels. Which module follows which is read off ``forward`` by
-    symbolic tracing; where that fails nothing is fused, and :func:`fastnn.explain` says so. Parameters and the ``state_dict``
-    stay as they are: an edit of a weight is seen at the next call.
+    Weights are packed once. A ``BatchNorm2d`` that only follows one convolution is folded into it; an activation that
+    only follows convolutions and linear layers is computed by their kernels. Which module follows which is read off
+    ``forward`` by symbolic tracing; where that fails nothing is fused, and :func:`fastnn.explain` says so. Parameters
+    and the ``state_dict`` stay as they are: an edit of a weight is seen at the next call.
 
     Args:
         module: a module or a whole model, in evaluation mode.
 
     Returns:
-        The same module. Run it under ``torch.inference_mode()`` or ``torch.no_grad()`` to be served from the packed weights.
+        The same module. Packed weights serve under ``torch.inference_mode()`` and ``torch.no_grad()``.
 
     Raises:
         TypeError: if ``module`` is no module.
@@ -348,7 +307,8 @@ def freeze(module: nn.Module) -> nn.Module:
     training = sum(1 for m in module.modules() if m.__dict__.get(_NOTE) == "not folded: in training mode")
     if training:
         warnings.warn(
-            f"fastnn.freeze: {training} BatchNorm2d in training mode were not folded; call model.eval() before.", stacklevel=2
+            f"fastnn.freeze: {training} BatchNorm2d in training mode were not folded; call model.eval() before.",
+            stacklevel=2,
         )
     return module
 
@@ -363,8 +323,8 @@ def unfreeze(module: nn.Module) -> None:
         before = m.__dict__.pop(_BEFORE, None)
         if before is not None:
             m.__class__ = before
-        if hasattr(m, "_unfreeze"):
-            m._unfreeze()
+        if hasattr(m, "_thaw"):
+            m._thaw()
 
 
 def notes(module: nn.Module) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """What follows what: reads modules by symbolic tracing, so that freeze fuses only what no input can tell apart.
 
-A module's ``forward`` is run on ``torch.fx`` proxies once for every way its conditions on tensors and optional arguments can
-fall out. What is concluded holds on each of these paths. A module that cannot be traced says nothing, and stays as it is.
+A module's ``forward`` is run on ``torch.fx`` proxies once for every way its conditions on tensors and optional
+arguments can fall out. What is concluded holds on each of these paths. A module that cannot be traced stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 import io
 import itertools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn import functional as F
 
 MAX_PATHS = 32
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Untraceable(Exception):
@@ -50,11 +52,12 @@ class _PathTracer(Tracer):
 
 @contextlib.contextmanager
 def _untouched(root: nn.Module) -> Iterator[None]:
-    """Undo what running ``forward`` on proxies leaves behind: attributes, random numbers, prints, warnings."""
+    """Undo what running ``forward`` on proxies leaves behind: attributes, random numbers, prints, warnings; run no hook."""
     saved = []
     for m in root.modules():
         tables = {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")}
         saved.append((m, dict(m.__dict__), tables))
+        m.__dict__.update({k: OrderedDict() for k in HOOKS if m.__dict__.get(k)})  # a hook is not to see a proxy
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -111,10 +114,8 @@ def paths(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> list[Graph
                 decisions: list[bool] = []
                 while True:
                     tracer = _PathTracer(decisions, is_leaf)
-                    try:
+                    with contextlib.suppress(AssertionError):  # the path that an assert forbids
                         graphs.append(tracer.trace(module, concrete_args or None))
-                    except AssertionError:  # the path that an assert forbids
-                        pass
                     if len(graphs) > MAX_PATHS:
                         raise Untraceable("too many paths")
                     del decisions[tracer.taken :]
@@ -183,7 +184,7 @@ def plain_linear(module: nn.Linear) -> bool:
 
 
 def padded_conv2d(module: nn.Conv2d) -> tuple[int, ...] | None:
-    """Return the zeros (left, right, top, bottom) that a subclass of Conv2d adds, when it does no more than pad and convolve."""
+    """Return the zeros (left, right, top, bottom) that a subclass of Conv2d adds, if it only pads and convolves."""
     node = _only_call(module, torch.conv2d)
     if node is None or module.padding_mode != "zeros":
         return None

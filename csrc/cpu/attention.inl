@@ -1,7 +1,7 @@
 // output = softmax(scale · query · keyᵀ + mask) · value by tiles, with the running maximum and sum of
 // "FlashAttention" (Dao et al., arXiv 2205.14135); the score matrix never exists as a whole.
 //
-// Tiling: a task is up to 252 rows (queries; those of all heads of a group count as rows of one key) against the keys.
+// Tiling: a task is some hundred rows (queries; those of all heads of a group count as rows of one key) against the keys.
 // A block of 128 keys is packed once, keys as columns and values by features, and stays in L2 while the strips of MR
 // rows pass over it: MR x 128 scores by the GEMM micro-kernel into L1, softmax on them, times the values at once.
 // Strips compute only the columns (in steps of NR) that one of their rows may see, so causal costs half.
@@ -26,7 +26,9 @@ struct AttentionPlan {
 };
 template <class C>
 inline AttentionPlan attention_plan(const AttentionParams& p) {
-  constexpr int64_t MR = kMR<C>, kMostRows = 252 / MR * MR, kPart = 512;
+  constexpr int64_t MR = kMR<C>, kPart = 512;
+  // Rows and their sums take at most half of a 512 KiB L2; more rows, fewer times that keys are packed.
+  const int64_t most_rows = std::max<int64_t>(262144 / ((p.head_dim + p.value_dim + 16) * sizeof(C)), 96) / MR * MR;
   AttentionPlan s;
   s.items = p.group > 0 ? p.heads / p.group : 0;
   s.rows = p.group * p.query_length;
@@ -35,7 +37,7 @@ inline AttentionPlan attention_plan(const AttentionParams& p) {
   s.part_keys = split ? kPart : std::max<int64_t>(p.key_length, 1);
   s.parts = split ? (p.key_length + kPart - 1) / kPart : 1;
   const int64_t wanted = 4 * p.threads;  // tasks, so that threads end at about the same time
-  int64_t chunks = (s.rows + kMostRows - 1) / kMostRows;
+  int64_t chunks = (s.rows + most_rows - 1) / most_rows;
   if (p.threads > 1 && s.items * s.parts * chunks < wanted && s.items * s.parts > 0)
     chunks = std::min((wanted + s.items * s.parts - 1) / (s.items * s.parts), std::max<int64_t>(s.rows / 48, chunks));
   chunks = std::max<int64_t>(chunks, 1);

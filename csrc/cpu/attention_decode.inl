@@ -78,26 +78,23 @@ inline void drop_strip(const AttentionParams& p, int64_t item, int64_t r, int64_
 }
 
 // Sums each of LANES vectors across its lanes: lane i of the result is the sum of parts[i · kLanes …].
+template <class C, int D = kLanes<C> / 2>
+FASTNN_INLINE void add_halves(Vec<C>* r) {
+  if constexpr (D > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < D; ++i) {
+      swap_halves<C, D>(r[i], r[i + D], std::make_integer_sequence<int, kLanes<C>>{});
+      r[i] += r[i + D];
+    }
+    add_halves<C, D / 2>(r);
+  }
+}
 template <class C>
 FASTNN_INLINE Vec<C> reduce_each(const C* parts) {
-  constexpr int L = kLanes<C>;
-  Vec<C> r[L];
+  Vec<C> r[kLanes<C>];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) r[i] = load(parts + i * L);
-#pragma GCC unroll 4
-  for (int d = L / 2; d > 0; d /= 2) {
-    Vec<Bits<C>> low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < L; ++lane) {
-      low[lane] = lane & d ? L + (lane - d) : lane;
-      high[lane] = lane & d ? L + lane : lane + d;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < d; ++i) {
-      const Vec<C> a = r[i], b = r[i + d];
-      r[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-    }
-  }
+  for (int i = 0; i < kLanes<C>; ++i) r[i] = load(parts + i * kLanes<C>);
+  add_halves<C>(r);
   return r[0];
 }
 

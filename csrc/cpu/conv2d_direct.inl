@@ -57,7 +57,7 @@ struct DirectNchw {
   }
 
   int64_t tasks() const { return p.N * p.groups * bands; }
-  int64_t block_size() const { return p.in * plane; }
+  int64_t block_size() const { return p.in * plane + L; }
 
   void run(int64_t task, C* block) const {
     const int64_t image = task / (p.groups * bands), group = task / bands % p.groups;
@@ -89,7 +89,7 @@ struct DirectNchw {
       const int64_t first = y0 * p.step_h + box.y0, count = (y1 - 1 - y0) * p.step_h + box.y1 - box.y0 + 1;
       for (int64_t y = first; y < first + count; ++y, to += row) {
         if (y < 0 || y >= p.H)
-          std::fill(to, to + row, C(0));
+          zero_over(to, row);
         else
           fill_row(source + y * p.source_strides.row, to);
       }
@@ -103,16 +103,15 @@ struct DirectNchw {
       const int64_t low = std::clamp<int64_t>((-x + p.step_w - 1) / p.step_w, 0, width);
       const int64_t high = std::clamp<int64_t>((p.W - x + p.step_w - 1) / p.step_w, low, width);
       const T* from = source + x;
-      std::fill(to, to + low, C(0));
-      int64_t j = low;
+      zero_over(to, low);
       if (p.step_w == 1) {
-        copy_run(to + low, from + low, high - low);
-        j = high;
-      } else if (p.step_w == 2) {
-        for (; j + L <= high && from + 2 * (j + L) <= p.source_end; j += L) store(to + j, load_even(from + 2 * j));
+        copy_over(to + low, from + low, high - low, p.source_end);
+      } else if (p.step_w == 2 && from + 2 * (high + L) <= p.source_end) {
+        for (int64_t j = low; j < high; j += L) store(to + j, load_even(from + 2 * j));
+      } else {
+        for (int64_t j = low; j < high; ++j) to[j] = load_one(from + j * p.step_w);
       }
-      for (; j < high; ++j) to[j] = load_one(from + j * p.step_w);
-      std::fill(to + high, to + width, C(0));
+      zero_over(to + high, width - high);
     }
   }
 

@@ -54,6 +54,11 @@ void pack_nhwc(const Conv2dPass<T>& p, Compute<T>* to) {
                 });
 }
 
+// Taps of one row of the kernel that are neighbours in memory, too (`taps` many; 1 where the layout does not have it so).
+struct TapRun {
+  int64_t dy, dx, taps;
+};
+
 template <class T>
 struct ImplicitNhwc {
   using C = Compute<T>;
@@ -64,14 +69,21 @@ struct ImplicitNhwc {
   C* bias;         // [groups][panels * NR]
   int64_t pixels, tiles, per_block, blocks, panels, splits;
   bool gathered;   // rows are copied, one segment of taps * in
-  bool joined;     // neighbouring taps of a row are neighbours in memory, too
+  Scratch<TapRun> runs;
+  int64_t run_count = 0;
 
   ImplicitNhwc(const Conv2dPass<T>& pass, const C* weights, const C* zero_pixel, C* padded_bias)
-      : p(pass), packed(weights), zeros(zero_pixel), bias(padded_bias) {
+      : p(pass), packed(weights), zeros(zero_pixel), bias(padded_bias), runs(pass.tap_count) {
     pixels = p.N * p.OH * p.OW;
     panels = (p.out + NR - 1) / NR;
     gathered = !std::is_same_v<T, C> || (p.in < 16 && p.tap_count > 1);
-    joined = p.source_strides.column == p.in;
+    for (int64_t t = 0; t < p.tap_count; ++t) {
+      TapRun* last = run_count ? runs + run_count - 1 : nullptr;
+      if (last && p.source_strides.column == p.in && p.taps[t].dy == last->dy && p.taps[t].dx == last->dx + last->taps)
+        ++last->taps;
+      else
+        runs[run_count++] = {p.taps[t].dy, p.taps[t].dx, 1};
+    }
     tiles = (pixels + kTileRows - 1) / kTileRows;
     const int64_t tile_bytes = std::max<int64_t>(
         kTileRows * (gathered ? p.depth() * int64_t(sizeof(C)) : p.tap_count * int64_t(sizeof(void*))), 1);
@@ -98,11 +110,10 @@ struct ImplicitNhwc {
     const int64_t segments = gathered ? 1 : p.tap_count, depth = gathered ? p.depth() : p.in;
     Scratch<const C*> pointers(even.tiles * segments * kTileRows);
     Scratch<int64_t> places(q1 - q0);
-    Scratch<C> rows(gathered ? (q1 - q0) * p.depth() : 0);
+    Scratch<C> rows(gathered ? (q1 - q0) * p.depth() + L : 0);
+    int64_t image = q0 / (p.OH * p.OW), y = q0 / p.OW % p.OH, x = q0 % p.OW;
     for (int64_t tile = 0; tile < even.tiles; ++tile)
       for (int64_t q = even.begin(tile); q < even.begin(tile + 1); ++q) {
-        const int64_t image = (q0 + q) / (p.OH * p.OW), rest = (q0 + q) % (p.OH * p.OW);
-        const int64_t y = rest / p.OW, x = rest % p.OW;
         places[q] = image * p.target_strides.image + y * p.target_strides.row + x * p.target_strides.column;
         const T* source = p.source + image * p.source_strides.image + group * p.in;
         const C** to = pointers + tile * segments * kTileRows + (q - even.begin(tile));
@@ -115,6 +126,10 @@ struct ImplicitNhwc {
             const bool inside = iy >= 0 && iy < p.H && ix >= 0 && ix < p.W;
             *to = inside ? source + iy * p.source_strides.row + ix * p.source_strides.column : zeros;
           }
+        }
+        if (++x == p.OW) {
+          x = 0;
+          if (++y == p.OH) y = 0, ++image;
         }
       }
     const int64_t panel_end = panels * (split + 1) / splits;
@@ -139,19 +154,15 @@ struct ImplicitNhwc {
   // All taps of one pixel's patch, [taps][in].
   void gather_row(const T* source, int64_t y, int64_t x, C* to) const {
     const ImageStrides& st = p.source_strides;
-    for (int64_t t = 0; t < p.tap_count;) {
-      int64_t n = 1;  // taps t … t + n are one run of memory
-      if (joined)
-        while (t + n < p.tap_count && p.taps[t + n].dy == p.taps[t].dy && p.taps[t + n].dx == p.taps[t].dx + n) ++n;
-      const int64_t iy = y + p.taps[t].dy, ix = x + p.taps[t].dx;
+    for (const TapRun* run = runs; run != runs + run_count; ++run) {
+      const int64_t iy = y + run->dy, ix = x + run->dx, n = run->taps;
       int64_t low = std::clamp<int64_t>(-ix, 0, n), high = std::clamp<int64_t>(p.W - ix, 0, n);
       if (iy < 0 || iy >= p.H || high <= low) low = high = n;
-      std::fill(to, to + low * p.in, C(0));
+      zero_over(to, low * p.in);
       if (high > low)
-        copy_run(to + low * p.in, source + iy * st.row + (ix + low) * st.column, (high - low) * p.in);
-      std::fill(to + high * p.in, to + n * p.in, C(0));
+        copy_over(to + low * p.in, source + iy * st.row + (ix + low) * st.column, (high - low) * p.in, p.source_end);
+      zero_over(to + high * p.in, (n - high) * p.in);
       to += n * p.in;
-      t += n;
     }
   }
 

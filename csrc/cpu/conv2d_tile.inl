@@ -52,6 +52,11 @@ struct Conv2dPass {
     for (int64_t t = 0; ordered && t < tap_count; ++t) ordered = taps[t].weight == t;
     return ordered;
   }
+  // The activation is a minimum and a maximum, and nothing else is to be stored.
+  bool clamps() const {
+    return !pre_activation &&
+           (activation == Activation::None || activation == Activation::Relu || activation == Activation::Relu6);
+  }
   double flops() const { return 2.0 * N * groups * out * OH * OW * depth(); }
 };
 
@@ -72,15 +77,15 @@ FASTNN_INLINE void copy_run(T* to, const C* from, int64_t count) {
   if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
-// Every second element of 2 * lanes.
+// Every second element of 2 * lanes. The mask is a constant of the program text, as in swap_lanes.
+template <class C, int... LANE>
+FASTNN_INLINE Vec<C> even_lanes(Vec<C> a, Vec<C> b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shuffle(a, b, Vec<Bits<C>>{static_cast<Bits<C>>(2 * LANE)...});
+}
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_even(const T* from) {
-  using C = Compute<T>;
-  constexpr int L = kLanes<C>;
-  Vec<Bits<C>> even;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) even[i] = 2 * i;
-  return __builtin_shuffle(load(from), load(from + L), even);
+  constexpr int L = kLanes<Compute<T>>;
+  return even_lanes<Compute<T>>(load(from), load(from + L), std::make_integer_sequence<int, L>{});
 }
 
 // Rows of weights, [out][in][taps] for each group, in compute type: the weights as they lie where that is their order,
@@ -118,6 +123,20 @@ struct WeightRows {
     }
   }
 };
+
+// copy_run for rows written one after the other: whole vectors, where they end before `from_end`; what is written past
+// `count` (less than a vector) is for the next row to overwrite.
+template <class T>
+FASTNN_INLINE void copy_over(Compute<T>* to, const T* from, int64_t count, const T* from_end) {
+  constexpr int L = kLanes<Compute<T>>;
+  if (from + (count + L - 1) / L * L > from_end) return copy_run(to, from, count);
+  for (int64_t i = 0; i < count; i += L) store(to + i, load(from + i));
+}
+// The same with zeros.
+template <class C>
+FASTNN_INLINE void zero_over(C* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<C>) store(to + i, zero<C>());
+}
 
 // Calls f(integral_constant<ROWS>) for exactly `rows` (1 … kTileRows).
 template <class F>
@@ -196,13 +215,15 @@ FASTNN_INLINE void store_rows(Vec<Compute<T>> (&acc)[ROWS][VECTORS], const Conv2
   using C = Compute<T>;
   constexpr int L = kLanes<C>;
   if constexpr (std::is_same_v<T, C>) {
-    const bool relu = p.activation == Activation::Relu;
-    if (cols >= VECTORS * L && step == 1 && !p.pre_activation && (relu || p.activation == Activation::None)) {
+    if (cols >= VECTORS * L && step == 1 && p.clamps()) {
+      // A comparison with NaN is false: NaN stays.
+      const Vec<C> low = splat<C>(p.activation == Activation::None ? -std::numeric_limits<C>::infinity() : C(0));
+      const Vec<C> high = splat<C>(p.activation == Activation::Relu6 ? C(6) : std::numeric_limits<C>::infinity());
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; ++j)
-          store(p.target + place(i) + j * L, relu ? activate<Activation::Relu, C>(acc[i][j]) : acc[i][j]);
+          store(p.target + place(i) + j * L, vmin(high, vmax(low, acc[i][j])));
       return;
     }
   }

@@ -31,6 +31,26 @@ inline int64_t depth_of_block(int64_t K) {
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
+// Swaps the halves of each group of 2 D lanes between a and b. The lanes are constants of the program text: a mask made
+// in a loop costs more than the shuffle.
+template <class C, int D, int... LANE>
+FASTNN_INLINE void swap_halves(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, LANE...>) {
+  using I = Bits<C>;
+  constexpr int L = kLanes<C>;
+  const Vec<C> low = __builtin_shuffle(a, b, Vec<I>{static_cast<I>(LANE & D ? L + LANE - D : LANE)...});
+  b = __builtin_shuffle(a, b, Vec<I>{static_cast<I>(LANE & D ? L + LANE : LANE + D)...});
+  a = low;
+}
+template <class C, int D = kLanes<C> / 2>
+FASTNN_INLINE void transpose_in_place(Vec<C>* r) {
+  if constexpr (D > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<C>; ++i)
+      if (!(i & D)) swap_halves<C, D>(r[i], r[i + D], std::make_integer_sequence<int, kLanes<C>>{});
+    transpose_in_place<C, D / 2>(r);
+  }
+}
+
 // Transposes a lanes x lanes block of rows[i][0..lanes) into dst[k * width + i].
 template <class C, class T>
 FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, C* dst, int64_t width) {
@@ -38,23 +58,7 @@ FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, C* dst, int
   Vec<C> r[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) r[i] = load(src + i * row_stride);
-  // log2(L) rounds: in the round of distance d, rows i and i + d swap the halves of each group of 2d lanes.
-#pragma GCC unroll 4
-  for (int d = L / 2; d > 0; d /= 2) {
-    Vec<Bits<C>> low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < L; ++lane) {
-      low[lane] = lane & d ? L + (lane - d) : lane;
-      high[lane] = lane & d ? L + lane : lane + d;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & d) continue;
-      const Vec<C> a = r[i], b = r[i + d];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + d] = __builtin_shuffle(a, b, high);
-    }
-  }
+  transpose_in_place<C>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) store(dst + i * width, r[i]);
 }

@@ -199,13 +199,15 @@ FASTNN_INLINE void store_one(T* p, Compute<T> x) {
 
 // ---- across lanes, always in the same order --------------------------------------------------------------------------
 
-// Lane i of the result is lane i ^ DISTANCE.
+// Lane i of the result is lane i ^ DISTANCE. The mask is a constant of the program text: GCC would fill one in at run time
+// if it were made in a loop.
+template <int DISTANCE, class C, int... LANE>
+FASTNN_INLINE Vec<C> swap_lanes(Vec<C> v, std::integer_sequence<int, LANE...>) {
+  return __builtin_shuffle(v, Vec<Bits<C>>{static_cast<Bits<C>>(LANE ^ DISTANCE)...});
+}
 template <int DISTANCE, class C>
 FASTNN_INLINE Vec<C> swap_lanes(Vec<C> v) {
-  Vec<Bits<C>> from;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<C>; ++i) from[i] = i ^ DISTANCE;
-  return __builtin_shuffle(v, from);
+  return swap_lanes<DISTANCE, C>(v, std::make_integer_sequence<int, kLanes<C>>{});
 }
 template <class C, int HALF = kLanes<C> / 2>
 FASTNN_INLINE C reduce_add(Vec<C> v) {

@@ -13,8 +13,8 @@ from fastnn._library import _C
 class Frozen:
     """Mixin of the modules whose kernel takes packed weights.
 
-    ``_freeze()`` allows packing and ``_thaw()`` ends it. The packed copy is no part of ``state_dict``, of a pickle or of
-    a deepcopy; it is checked against the weight's storage and version counter at every call, so it is never stale.
+    ``_freeze()`` allows packing and ``_thaw()`` ends it. The packed copy is no part of ``state_dict``, of a pickle or
+    of a deepcopy; it is checked against the weight's storage and version counter at every call, so it is never stale.
     """
 
     _frozen = False
@@ -39,11 +39,55 @@ class Frozen:
         # Panels are as wide as the vectors of the ISA that runs, so it belongs to the stamp.
         stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa(), arguments)
         if self._pack is None or self._pack[0] != stamp:
-            with torch.no_grad():
-                self._pack = (stamp, pack(weight.detach(), *arguments))
+            with torch.inference_mode(False), torch.no_grad():
+                # The weight is kept too: while it lives, no other can have its id and its storage.
+                self._pack = (stamp, pack(weight.detach(), *arguments), weight)
         return self._pack[1]
 
     def __getstate__(self):
         state = dict(self.__dict__)
         state.pop("_pack", None)
         return state
+
+
+class Fold:
+    """A convolution's weight and bias with a batch norm multiplied in.
+
+    ``weight * s[:, None, None, None]`` and ``(bias - running_mean) * s + norm.bias``, with
+    ``s = norm.weight / sqrt(running_var + eps)``. The cache is no part of a pickle or of a deepcopy.
+    """
+
+    def __init__(self, norm: torch.nn.BatchNorm2d):
+        self.norm = norm
+        self._sources: tuple = ()
+        self._folded: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self):
+        return {"norm": self.norm, "_sources": (), "_folded": None}
+
+    def tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the folded weight and bias: kept while no source changes, by autograd where a gradient is wanted."""
+        norm = self.norm
+        sources = (weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        given = [t for t in sources if t is not None]
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+            return self._compute(weight, bias, weight.dtype)
+        marks = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in given)
+        if self._folded is None or marks != self._sources:
+            # No inference tensors: what is kept may meet autograd later, where only the input wants a gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = self._compute(weight, bias, torch.float64)
+            self._sources = marks
+        return self._folded
+
+    def _compute(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        norm = self.norm
+        scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.to(dtype)
+        shift = -norm.running_mean.to(dtype) if bias is None else bias.to(dtype) - norm.running_mean.to(dtype)
+        shift = shift * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.to(dtype)
+        folded = weight.to(dtype) * scale[:, None, None, None]
+        return folded.to(weight.dtype), shift.to(weight.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn import functional
-from fastnn.nn._frozen import Frozen
+from fastnn.nn._frozen import Fold, Frozen
 
 
 class Conv2d(Frozen, torch.nn.Conv2d):
@@ -44,14 +44,18 @@ class Conv2d(Frozen, torch.nn.Conv2d):
         )
         self.activation = activation
 
+    _fold: Fold | None = None  # the batch norm that freeze folded in
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._fold is not None:
+            return self._conv_forward(input, *self._fold.tensors(self.weight, self.bias))
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        packed = None
-        if self._frozen and weight is self.weight:
-            packed = self._packed(weight, torch.ops.fastnn.conv2d_pack, self.groups, _channels_last(input, weight))
         return functional.conv2d(
             input,
             weight,
@@ -61,15 +65,20 @@ class Conv2d(Frozen, torch.nn.Conv2d):
             self.dilation,
             self.groups,
             activation=self.activation,
-            packed=packed,
+            packed=self._packed_for(input, weight),
         )
+
+    def _packed_for(self, input: Tensor, weight: Tensor) -> Tensor | None:
+        if not self._frozen or (self._fold is None and weight is not self.weight):
+            return None
+        return self._packed(weight, torch.ops.fastnn.conv2d_pack, self.groups, _channels_last(input, weight))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
 
 def _channels_last(*tensors: Tensor) -> bool:
-    """Whether the result will be channels_last (ties, as with one channel, go the other way and only cost the packing)."""
+    """Whether the result will be channels_last (ties, as with one channel, go the other way)."""
     return any(
         t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors
     )

@@ -1,0 +1,34 @@
+"""The examples train, and with torch's modules and with fastnn's they lose the same."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+pytest.importorskip("sklearn")
+cnn = pytest.importorskip("cnn")
+transformer = pytest.importorskip("transformer")
+
+
+def test_cnn(capsys):
+    stock, fast = cnn.main(["--epochs", "4"])
+    assert stock.name == "stock" and fast.name == "fastnn"
+    assert stock.losses[:20] == pytest.approx(fast.losses[:20], abs=1e-5), "the first steps differ by rounding only"
+    assert stock.losses == pytest.approx(fast.losses, abs=2e-2)
+    assert fast.accuracy > 0.9 and fast.losses[-1] < 0.5
+    assert "largest difference" in capsys.readouterr().out
+
+
+def test_transformer(monkeypatch, capsys):
+    monkeypatch.setattr(transformer, "STEPS", 3)
+    monkeypatch.setattr(transformer, "LENGTH", 32)
+    stock, fast = transformer.main(["--epochs", "2"])
+    assert len(fast.losses) == 6 and fast.losses[-1] < fast.losses[0]
+    assert stock.losses == pytest.approx(fast.losses, abs=1e-4), "dropout included"
+
+
+def test_stock_alone(monkeypatch, capsys):
+    (run,) = cnn.main(["--epochs", "1", "--stock"])
+    assert type(run.model.conv1).__module__.startswith("torch.nn")
+    assert "fastnn" not in capsys.readouterr().out
