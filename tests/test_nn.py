@@ -48,8 +48,6 @@ MODULE_INFOS = {info.module_cls.__name__: info for info in module_db if info.mod
 
 def build(library, name, **where):
     """Build the spec's instance from ``torch.nn`` or ``fastnn.nn``; ``where`` holds device and dtype."""
-    if not hasattr(library, name):
-        pytest.skip(f"{name} has not landed")
     args, kwargs, _ = SPECS[name]
     if isinstance(args[0], str):  # a stack of layers
         args, where = (build(library, args[0], **where), *args[1:]), {}
@@ -88,7 +86,11 @@ def same(fast, stock):
 
 
 def no_worse(fast, stock, oracle):
-    """Each tensor's largest error against float64: twice torch's own, and some roundings of its largest value."""
+    """Each tensor's largest error against float64: twice torch's own, and some roundings of the largest value.
+
+    The largest of all of them: gradients that cancel (of a key's bias, or behind a norm) carry the others' roundings.
+    """
+    scale = max(t.detach().abs().nan_to_num(0.0).max() for t in floats(oracle) if t.numel())
     for a, b, exact in zip(*map(_pytree.tree_leaves, (fast, stock, oracle)), strict=True):
         if not (isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()):
             same(a, b)
@@ -96,7 +98,7 @@ def no_worse(fast, stock, oracle):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert torch.equal(a.isnan(), exact.isnan())
         ours, theirs = ((t.double() - exact).abs().nan_to_num(0.0).max() for t in (a, b))
-        limit = 2 * theirs + 16 * torch.finfo(a.dtype).eps * exact.abs().nan_to_num(0.0).max()
+        limit = 2 * theirs + 16 * torch.finfo(a.dtype).eps * scale
         assert ours <= limit, f"error {ours:.3g}, torch's {theirs:.3g}"
 
 
@@ -146,45 +148,51 @@ def fastnn_layers(value):
     return layer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", list(MODULE_INFOS))  # torch has none for TransformerDecoder
-@pytest.mark.filterwarnings("ignore")
-def test_module_info(name, dtype):
-    """PyTorch's ModuleInfo samples, none skipped: outputs, gradients, in float64 second derivatives, and evaluation."""
-    if not hasattr(fnn, name):
-        pytest.skip(f"{name} has not landed")
-    info, second = MODULE_INFOS[name], dtype == torch.float64
-    samples = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
-    samples = list(samples)
-    assert samples
-    for sample in samples:
+def samples(name, dtype):
+    """PyTorch's ModuleInfo samples, none skipped: fastnn's module, torch's with the same weights, and a call."""
+    info = MODULE_INFOS[name]
+    for sample in info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True):
         args, kwargs = sample.constructor_input.args, dict(sample.constructor_input.kwargs)
         if not isinstance(next(iter(args), None), nn.Module):
             kwargs["dtype"] = dtype
         stock = info.module_cls(*args, **kwargs)
         fast = getattr(fnn, name)(*map(fastnn_layers, args), **kwargs)
         fast.load_state_dict(stock.state_dict())
-        call = sample.forward_input.args, sample.forward_input.kwargs
+        yield fast, stock, (sample.forward_input.args, sample.forward_input.kwargs)
+
+
+@pytest.mark.parametrize("name", list(MODULE_INFOS))  # torch has none for TransformerDecoder
+@pytest.mark.filterwarnings("ignore")
+def test_module_info(name):
+    """PyTorch's samples in float64: outputs and gradients, second derivatives of every eighth, evaluation."""
+    count = 0
+    for fast, stock, call in samples(name, torch.float64):
+        second = count % 8 == 0
+        count += 1
         with sdpa_kernel(SDPBackend.MATH):  # torch's other CPU kernel has no second derivatives
-            result, expected = derivatives(fast, *call, second), derivatives(stock, *call, second)
-            if second:
-                same(result, expected)
-            else:
-                exact = copy.deepcopy(stock).double()
-                no_worse(result, expected, derivatives(exact, *doubled(call)))
+            same(derivatives(fast, *call, second), derivatives(stock, *call, second))
         fast.eval(), stock.eval()
         with torch.no_grad():
             same(fast(*call[0], **call[1]), stock(*call[0], **call[1]))
+    assert count
+
+
+@pytest.mark.parametrize("name", list(MODULE_INFOS))
+@pytest.mark.filterwarnings("ignore")
+def test_module_info_float32(name):
+    """PyTorch's samples in float32: no further from the answer in float64 than torch is."""
+    for fast, stock, call in samples(name, torch.float32):
+        result, expected = fast(*call[0], **call[1]), stock(*call[0], **call[1])
+        args, kwargs = doubled(call)
+        no_worse(result, expected, stock.double()(*args, **kwargs))
 
 
 @pytest.mark.parametrize("name", [n for n, info in MODULE_INFOS.items() if info.module_error_inputs_func])
 def test_module_info_errors(name):
     """PyTorch's samples of wrong calls raise the same type of exception."""
-    if not hasattr(fnn, name):
-        pytest.skip(f"{name} has not landed")
     info = MODULE_INFOS[name]
-    samples = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
-    for sample in samples:
+    wrong = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
+    for sample in wrong:
         made, call = sample.module_error_input.constructor_input, sample.module_error_input.forward_input
         with pytest.raises(sample.error_type):
             module = getattr(fnn, name)(*made.args, **made.kwargs)
@@ -197,14 +205,12 @@ def test_module_info_errors(name):
 def test_every_class():
     """fastnn.nn offers the classes of the table, and they are what is tested here."""
     public = {n for n, c in vars(fnn).items() if inspect.isclass(c) and issubclass(c, nn.Module)}
-    assert public <= set(NAMES)
+    assert public == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_signature(name):
     """The constructor takes what torch's takes, in the same places, with the same defaults; forward's names agree."""
-    if not hasattr(fnn, name):
-        pytest.skip(f"{name} has not landed")
     fast, stock = getattr(fnn, name), getattr(nn, name)
     for method in ("__init__", "forward"):
         expected = inspect.signature(getattr(stock, method)).parameters
