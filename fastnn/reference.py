@@ -75,6 +75,7 @@ def conv2d(
     z = sum(taps[1:], taps[0]).flatten(1, 2)
     if bias is not None:
         z = z + bias.to(wide)[:, None, None]
+    z = z[:, :0] if input.shape[-3] == 0 else z  # torch gives no channels where it gets none
     z = activate(z, activation).to(input.dtype)
     return z if input.dim() == 4 else z[0]
 def attention(

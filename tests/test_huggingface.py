@@ -123,7 +123,9 @@ def test_generate(name, attended):
 
 
 def test_training_drops():
-    model = transformers.BertModel(transformers.BertConfig(**SMALL, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0))
+    model = transformers.BertModel(
+        transformers.BertConfig(**SMALL, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    )
     huggingface.switch(model)
     call = inputs()
     assert not torch.equal(answer(model.train(), call), answer(model, call))

@@ -17,7 +17,10 @@ INF = float("inf")
 
 
 def pair(*args, dtype=torch.float64, **kwargs):
-    fast, stock = fnn.MultiheadAttention(*args, dtype=dtype, **kwargs), nn.MultiheadAttention(*args, dtype=dtype, **kwargs)
+    fast, stock = (
+        fnn.MultiheadAttention(*args, dtype=dtype, **kwargs),
+        nn.MultiheadAttention(*args, dtype=dtype, **kwargs),
+    )
     with torch.no_grad():
         for p in stock.parameters():  # biases are born zero
             p.normal_(0, 0.5)
@@ -332,7 +335,9 @@ def test_threads():
 def test_empty(n, length, source, need_weights):
     fast, stock = pair(8, 2, batch_first=True)
     q, kv = torch.randn(n, length, 8, dtype=torch.float64), torch.randn(n, source, 8, dtype=torch.float64)
-    for a, b in zip(fast(q, kv, kv, need_weights=need_weights), stock(q, kv, kv, need_weights=need_weights), strict=True):
+    for a, b in zip(
+        fast(q, kv, kv, need_weights=need_weights), stock(q, kv, kv, need_weights=need_weights), strict=True
+    ):
         assert a is b is None or a.shape == b.shape
 
 

@@ -76,7 +76,7 @@ def check(args, stock=None, c=16.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_module_against_torch_and_float64(kind, dtype):
-    for bidirectional, batch_first, bias, layers in itertools.product((False, True), (False, True), (False, True), (1, 2)):
+    for bidirectional, batch_first, bias, layers in ((False, False, True, 1), (True, False, False, 2), (True, True, True, 2)):
         torch.manual_seed(0)
         kwargs = dict(num_layers=layers, bidirectional=bidirectional, batch_first=batch_first, bias=bias)
         stock, own = modules(kind, 13, 19, dtype, **kwargs)
@@ -91,13 +91,11 @@ def test_module_against_torch_and_float64(kind, dtype):
             results[name] = ys + list(torch.autograd.grad(ys, [xi, *module.parameters()], grads))
         for i, (s, o, e) in enumerate(zip(*results.values(), strict=True)):
             assert s.stride() == o.stride() or i > 0
-            # The half dtypes round the state where they store it; torch rounds after every operation.
-            c = 64.0 if dtype in testing.HALF_DTYPES else 16.0
-            if dtype in testing.HALF_DTYPES:
+            if dtype not in testing.HALF_DTYPES:
+                testing.assert_close_to_oracle(o, e, e.abs().amax() + 1, s, c=16.0, name=f"{kind} {kwargs} {i}")
+            elif kind != "RNN_RELU" or i < 2:  # rounding may move relu's argument across zero: see the exact test
                 error, theirs = ((t.double() - e).abs().max() for t in (o, s))
                 assert error <= 2 * theirs + 4 * torch.finfo(dtype).eps * e.abs().max(), (kind, kwargs, i)
-            else:
-                testing.assert_close_to_oracle(o, e, e.abs().amax() + 1, s, c=c, name=f"{kind} {kwargs} {i}")
 
 
 @pytest.mark.parametrize("isa", testing.available_isas())
@@ -126,11 +124,18 @@ def test_exact_on_small_integers(isa, dtype):
             x, sizes, hx, cx, weights, mode = layer("RNN_RELU", steps, batch, inputs, hidden, directions=2, draw=draw)
             weights = [w.sign() for w in weights]
             args = to((x, sizes, hx, cx, weights, mode), dtype)
-            own, exact = torch.ops.fastnn.rnn(*args), reference.rnn(*to(args, torch.float64))
-            limit = 256 if dtype is torch.bfloat16 else 2048
-            assert exact[0].abs().max() < limit
-            for y, z in zip(own, exact, strict=True):
-                assert torch.equal(y.double(), z)
+            wide = to(args, torch.float64)
+            for t in leaves(args) + leaves(wide):
+                t.requires_grad_()
+            own, exact = torch.ops.fastnn.rnn(*args), reference.rnn(*wide)
+            grads = [testing.integers(y.shape, dtype, -1, 1) for y in own[:2]]
+            own_grads = torch.autograd.grad(own[:2], leaves(args), grads)
+            exact_grads = torch.autograd.grad(exact[:2], leaves(wide), [g.double() for g in grads])
+            limit = 256 if dtype is torch.bfloat16 else 2048  # whole numbers that the dtype holds
+            for y, z in zip((*own, *own_grads), (*exact, *exact_grads), strict=True):
+                held = z.abs() <= limit
+                assert held.double().mean() > 0.8 if z.numel() else True
+                assert torch.equal(y.double()[held], z[held])
 
 
 @pytest.mark.parametrize("isa", testing.available_isas())
@@ -232,22 +237,30 @@ def test_guard_pages(kind, isa, side):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", (False, True))
 def test_opcheck(kind, packed):
-    x, sizes, hx, cx, weights, mode = layer(kind, 3, 2, 4, 5, torch.float64, 2)
+    x, sizes, hx, cx, weights, mode = layer(kind, 2, 2, 3, 4, torch.float64, 1 + packed)
     if packed:
-        sequence = pack_padded_sequence(x, [3, 2])
+        sequence = pack_padded_sequence(x, [2, 1])
         x, sizes = sequence.data, sequence.batch_sizes
-    for t in leaves((x, sizes, hx, cx, weights)):
-        t.requires_grad_()
     args = (x, sizes, hx, cx, weights, mode)
-    torch.library.opcheck(torch.ops.fastnn.rnn.default, args)
-    with torch.no_grad():
-        torch.library.opcheck(torch.ops.fastnn.rnn_train.default, args)
-        *ys, reserve = torch.ops.fastnn.rnn_train(*args)
-    gs = [torch.randn_like(y) for y in ys]
-    gs[2] = gs[2] if mode == "LSTM" else None
-    backward = (*gs, *args[:5], ys[0], reserve, mode)
+    *ys, reserve = torch.ops.fastnn.rnn_train(*args)
+    torch.library.opcheck(torch.ops.fastnn.rnn_train.default, args)
+    gs = [torch.randn_like(y) if y.numel() else None for y in ys]
     mask = [True, True, mode == "LSTM", True]
-    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, (*backward, mask))
+    # With gradients wanted this would trace the second derivative step by step: once, below, is enough.
+    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, mode, mask))
+    for t in leaves(args):
+        t.requires_grad_()
+    torch.library.opcheck(torch.ops.fastnn.rnn.default, args)
+
+
+def test_opcheck_of_second_derivatives():
+    args = layer("RNN_TANH", 1, 2, 3, 4, torch.float64)
+    *ys, reserve = torch.ops.fastnn.rnn_train(*args)
+    for t in leaves(args):
+        t.requires_grad_()
+    gs = [torch.randn_like(ys[0]), torch.randn_like(ys[1]), None]
+    mask = [True, True, False, True]
+    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, args[5], mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "bindings/checks.h"
 
 namespace fastnn::bindings {
@@ -70,7 +72,7 @@ Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   if (p.format != at::MemoryFormat::ChannelsLast) p.format = weight.suggest_memory_format();
   if (p.format != at::MemoryFormat::ChannelsLast) p.format = at::MemoryFormat::Contiguous;
   s.channels_last = p.format == at::MemoryFormat::ChannelsLast;
-  p.output_shape = {s.N, s.K, s.OH, s.OW};
+  p.output_shape = {s.N, s.C == 0 ? 0 : s.K, s.OH, s.OW};  // torch gives no channels where it gets none
   return p;
 }
 
@@ -196,7 +198,12 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
     p.grad_bias = grad_bias.mutable_data_ptr();
   }
   p.threads = num_threads();
-  cpu::conv2d_backward(p);
+  if (grad.numel() == 0 || q.shape.C == 0) {
+    for (Tensor* t : {&grad_input, &grad_weight, &grad_bias})
+      if (t->defined() && t->numel() > 0) std::memset(t->mutable_data_ptr(), 0, t->nbytes());
+  } else {
+    cpu::conv2d_backward(p);
+  }
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 

@@ -77,15 +77,15 @@ FASTNN_INLINE void copy_run(T* to, const C* from, int64_t count) {
   if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
-// Every second element of 2 * lanes.
+// Every second element of 2 * lanes. The mask is a constant of the program text, as in swap_lanes.
+template <class C, int... LANE>
+FASTNN_INLINE Vec<C> even_lanes(Vec<C> a, Vec<C> b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shuffle(a, b, Vec<Bits<C>>{static_cast<Bits<C>>(2 * LANE)...});
+}
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_even(const T* from) {
-  using C = Compute<T>;
-  constexpr int L = kLanes<C>;
-  Vec<Bits<C>> even;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) even[i] = 2 * i;
-  return __builtin_shuffle(load(from), load(from + L), even);
+  constexpr int L = kLanes<Compute<T>>;
+  return even_lanes<Compute<T>>(load(from), load(from + L), std::make_integer_sequence<int, L>{});
 }
 
 // Rows of weights, [out][in][taps] for each group, in compute type: the weights as they lie where that is their order,

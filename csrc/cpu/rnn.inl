@@ -24,7 +24,7 @@ struct RnnForward {
   static constexpr int NV = G == 1 ? 2 : G;            // vectors in a panel
   static constexpr int SLOTS = G == 1 ? 2 : 4;         // vectors of z for a panel
   static constexpr int UNITS = G == 1 ? 2 * L : L;     // units of a panel
-  static constexpr int MR = kRnnRows<NV>, PNV = 2, PUNITS = 2 * L;  // P…: of the projection
+  static constexpr int PNV = 2, PUNITS = 2 * L;        // of the projection
 
   const RnnParams& p;
   const int64_t H = p.hidden_size, P = p.state_size, I = p.input_size, B = p.batch;
@@ -64,7 +64,7 @@ struct RnnForward {
     rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, [&](int d, int rank, int ranks) {
       prepare(d, rank, ranks);
       if (ranks > 1) sides[d].barrier.wait(ranks);
-      const RnnShare mine = rnn_share(p, G, MR, panels, rank, ranks);
+      const RnnShare mine = rnn_share(p, G, project ? kRnnRows<PNV> : kRnnRows<NV>, panels, rank, ranks);
       if (!mine.idle) sequence(d, mine);
     });
   }

@@ -27,15 +27,16 @@ def conv2d(
 ) -> Tensor:
     r"""Convolve images and, fused with it, add a bias and apply an activation.
 
-    .. math:: y_{n,k,i,j} = f\Big(b_k + \sum_{c,r,s} x_{n,\,c,\,i \cdot stride + r \cdot dilation - pad,\,\ldots}\, W_{k,c,r,s}\Big)
+    .. math:: y_{n,k,i,j} = f\Big(b_k + \sum_{c,r,s} W_{k,c,r,s}\, x_{n,c,i',j'}\Big), \quad
+        i' = i \cdot stride + r \cdot dilation - pad, \ j' \text{ alike}
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``, any strides; float32, float64, bfloat16 or float16.
         weight: ``[K, C / groups, R, S]``, of the same dtype.
         bias: ``[K]`` or None.
         stride: an int or a pair.
-        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (output as large as the input; the odd row or column of
-            an even kernel goes to the bottom and right).
+        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (output as large as the input; where the padding
+            is odd, the greater half goes to the bottom and right).
         dilation: an int or a pair.
         groups: how many groups the channels fall into.
         activation: f, one of ``relu gelu gelu_tanh silu sigmoid tanh leaky_relu elu hardswish relu6 softplus mish``
@@ -131,12 +132,15 @@ def _named_padding(name: str, weight: Tensor, stride: list[int], dilation: list[
 
 def _check(input, weight, bias, stride, padding, dilation, groups) -> tuple[list[int], torch.memory_format]:
     """The output's shape (with N) and memory format; the rules are those of ``check`` in csrc/bindings/conv2d.cpp."""
+
     def check(condition, text):
         torch._check(condition, lambda: f"fastnn.conv2d: {text()}.")
 
     check(input.dim() in (3, 4), lambda: f"input must be [C, H, W] or [N, C, H, W]; got {list(input.shape)}")
     check(weight.dim() == 4, lambda: f"weight must be [K, C / groups, R, S]; got {list(weight.shape)}")
-    check(weight.dtype == input.dtype, lambda: f"weight must have the dtype of input ({input.dtype}); got {weight.dtype}")
+    check(
+        weight.dtype == input.dtype, lambda: f"weight must have the dtype of input ({input.dtype}); got {weight.dtype}"
+    )
     check(min(stride) > 0, lambda: f"stride must be positive; got {stride}")
     check(min(dilation) > 0, lambda: f"dilation must be positive; got {dilation}")
     check(min(padding) >= 0, lambda: f"padding must not be negative; got {padding}")
@@ -150,22 +154,27 @@ def _check(input, weight, bias, stride, padding, dilation, groups) -> tuple[list
     )
     check(
         channels == per_group * groups,
-        lambda: f"input must have {per_group * groups} channels (weight is {list(weight.shape)}, groups = {groups}); "
-        f"got {list(input.shape)}",
+        lambda: (
+            f"input must have {per_group * groups} channels (weight is {list(weight.shape)}, groups = {groups}); "
+            f"got {list(input.shape)}"
+        ),
     )
     rows, columns = height + padding[0] + padding[1], width + padding[2] + padding[3]
     reach_h, reach_w = (r - 1) * dilation[0] + 1, (s - 1) * dilation[1] + 1
     for have, reach in ((rows, reach_h), (columns, reach_w)):
         check(
             have >= reach,
-            lambda: f"input with its padding ({rows} x {columns}) must be no smaller than the dilated kernel; "
-            f"got a kernel of {reach_h} x {reach_w}",
+            lambda: (
+                f"input with its padding ({rows} x {columns}) must be no smaller than the dilated kernel; "
+                f"got a kernel of {reach_h} x {reach_w}"
+            ),
         )
     if bias is not None:
         check(tuple(bias.shape) == (k,), lambda: f"bias must be [{k}]; got {list(bias.shape)}")
     format = torch.contiguous_format
     if torch.channels_last in (suggest_memory_format(batched), suggest_memory_format(weight)):
         format = torch.channels_last
+    k = 0 if channels == 0 else k  # torch gives no channels where it gets none
     return [n, k, (rows - reach_h) // stride[0] + 1, (columns - reach_w) // stride[1] + 1], format
 
 
