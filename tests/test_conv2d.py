@@ -121,22 +121,23 @@ def random_problem(draw):
 def test_whole_numbers_are_exact(isa, layout):
     """Forward and gradients, to the last bit, over geometries, sizes around every tile and forced algorithms."""
     draw = random.Random(f"{isa} {layout}")
-    for i in range(160):
+    for i in range(120):
         size, k, kernel, *geometry = random_problem(draw)
         dtype = torch.float64 if i % 4 == 0 else torch.float32
         x, w, b = make(*size, k, kernel, geometry[-1], dtype, layout, draw=testing.integers)
         leaves = [t.requires_grad_() for t in (x, w, b)]
         algorithm = draw.choice([None, *ALGORITHMS])
         name = f"{isa} {algorithm} {layout} {dtype} {size}->{k} {kernel} {geometry}"
-        stock = F.conv2d(x, w, b, *geometry)
+        # In float64: torch's float32 kernel ends the process where a channels_last kernel lies wholly in the padding.
+        double = [t.detach().double().contiguous().requires_grad_() for t in leaves]
+        stock = F.conv2d(*double, *geometry)
         grad = testing.integers(stock.shape, dtype)
         with forced(isa, algorithm):
             ours = conv2d(x, w, b, *geometry)
-            assert torch.equal(ours, stock), name
-            for what, one, want in zip(
-                "xwb", torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(stock, leaves, grad), strict=True
-            ):
-                assert torch.equal(one, want), f"{name} d{what}"
+            assert torch.equal(ours.double(), stock), name
+            grads = torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(stock, double, grad.double())
+            for what, one, want in zip("xwb", *grads, strict=True):
+                assert torch.equal(one.double(), want), f"{name} d{what}"
 
 
 @pytest.mark.parametrize("isa", ISAS)
