@@ -46,6 +46,14 @@ inline AttentionPlan attention_plan(const AttentionParams& p) {
   return s;
 }
 
+// Rows [r, r + rows) of query in place, or null where they have to be packed.
+template <class T, class C = Compute<T>>
+inline Strip<C> query_in_place(const AttentionParams& p, int64_t item, int64_t r, int64_t rows) {
+  const Row first = row_of(p, item, r), last = row_of(p, item, r + rows - 1);
+  if (first.head != last.head) return {nullptr, 0};
+  return strip_in_place<C, T>(p.query, first.head, first.query, rows);
+}
+
 // The rows of one task against one block of packed keys, strip by strip.
 template <class T, class C = Compute<T>>
 inline void attend_block(const AttentionParams& p, int64_t item, int64_t r0, int64_t r1, int64_t k0, int64_t count,
@@ -58,8 +66,9 @@ inline void attend_block(const AttentionParams& p, int64_t item, int64_t r0, int
     const int64_t begin = std::max<int64_t>(seen.begin - k0, 0) / NR * NR, end = std::min(seen.end - k0, count);
     if (begin >= end) continue;
     const int64_t width = end - begin, padded = (width + NR - 1) / NR * NR;
-    strip_products<C>(query + (r - r0) * p.head_dim, key + begin * p.head_dim, rows, width, p.head_dim, score,
-                      kAttentionKeys);
+    Strip<C> strip = query_in_place<T>(p, item, r, rows);
+    if (!strip.data) strip = {query + (r - r0) * p.head_dim, 0};
+    strip_products<C>(strip, key + begin * p.head_dim, rows, width, p.head_dim, score, kAttentionKeys);
     alignas(64) C alpha[kStateRows];
     for (int64_t i = 0; i < rows; ++i)
       finish_scores<T>(p, row_of(p, item, r + i), k0 + begin, width, padded, score + i * kAttentionKeys);
@@ -96,9 +105,11 @@ inline void attend(const AttentionParams& p, int64_t item, int64_t r0, int64_t r
   // Blocks start at multiples of their size, so a row meets the same blocks in any task.
   for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end; k0 += kAttentionKeys) {
     const int64_t count = std::min(kAttentionKeys, k_end - k0);
-    if (k0 <= std::max(k_begin, seen.begin))
-      for (int64_t r = r0; r < r1; r += MR)
-        pack_strip<C, T>(p, p.query, item, r, std::min(MR, r1 - r), p.head_dim, query + (r - r0) * p.head_dim);
+    for (int64_t r = r0; r < r1 && k0 <= std::max(k_begin, seen.begin); r += MR) {  // once
+      const int64_t rows = std::min(MR, r1 - r);
+      if (!query_in_place<T>(p, item, r, rows).data)
+        pack_strip<C, T>(p, p.query, item, r, rows, p.head_dim, query + (r - r0) * p.head_dim);
+    }
     pack_positions_as_columns<C, T>(p.key, p.key.offset[item], k0, count, p.head_dim, key);
     pack_features_as_columns<C, T>(p.value, p.value.offset[item], k0, count, p.value_dim, value);
     attend_block<T>(p, item, r0, r1, k0, count, query, key, value, score, state);
@@ -111,13 +122,18 @@ inline void store_rows(const AttentionParams& p, int64_t item, int64_t r0, int64
   const C keep = static_cast<C>(keep_scale(p)), c = score_factor<C>(p) / kLog2E<C>;
   for (int64_t r = r0; r < r1; ++r) {
     const Row row = row_of(p, item, r);
-    const C sum = state.sum[r - r0], maximum = state.maximum[r - r0];
+    const C sum = state.sum[r - r0];
     const C inverse = sum == 0 ? C(0) : keep / sum;  // no key to see: zeros
     const C* acc = state.acc + (r - r0) * state.stride;
     T* out = static_cast<T*>(p.output.data) + p.output.offset[row.head] + row.query * p.output.row_stride;
     for (int64_t n = 0; n < p.value_dim; n += kLanes<C>) store_first(out + n, load(acc + n) * inverse, p.value_dim - n);
-    C* lse = static_cast<C*>(p.lse) + row.head * p.query_length + row.query;
-    *lse = sum == 0 ? kNegativeInfinity<C> : maximum * c + std::log(sum);
+  }
+  // The lse of an item's rows lie one after the other.
+  C* lse = static_cast<C*>(p.lse) + item * p.group * p.query_length;
+  for (int64_t r = r0; r < r1; r += kLanes<C>) {
+    const int64_t count = r1 - r;
+    const Vec<C> sum = load_first(state.sum + (r - r0), count), top = load_first(state.maximum + (r - r0), count);
+    store_first(lse + r, sum == 0 ? splat<C>(kNegativeInfinity<C>) : fma(top, splat<C>(c), vlog(sum)), count);
   }
 }
 

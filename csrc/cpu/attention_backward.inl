@@ -64,8 +64,10 @@ inline void pack_queries(const AttentionBackwardParams& b, int64_t head, int64_t
   const T* grad = static_cast<const T*>(g.data) + g.offset[head] + q0 * g.row_stride;
   for (int64_t i = 0; i < count; i += MR) {
     const int64_t rows = std::min(MR, count - i);
-    pack_panel<MR>(query + i * q.row_stride, q.row_stride, q.col_stride, rows, m.E, m.query_strips + i * m.E);
-    pack_panel<MR>(grad + i * g.row_stride, g.row_stride, g.col_stride, rows, m.Ev, m.grad_strips + i * m.Ev);
+    if (!strip_in_place<C, T>(q, head, q0 + i, rows).data)
+      pack_panel<MR>(query + i * q.row_stride, q.row_stride, q.col_stride, rows, m.E, m.query_strips + i * m.E);
+    if (!strip_in_place<C, T>(g, head, q0 + i, rows).data)
+      pack_panel<MR>(grad + i * g.row_stride, g.row_stride, g.col_stride, rows, m.Ev, m.grad_strips + i * m.Ev);
   }
   if (!features) return;
   pack_features_as_columns<C, T>(q, q.offset[head], q0, count, m.E, m.query_features);
@@ -92,8 +94,12 @@ inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int6
     return {0, 0};
   }
   const int64_t width = end - begin, padded = (width + NR - 1) / NR * NR;
-  strip_products<C>(m.query_strips + i * m.E, m.key_columns + begin * m.E, rows, width, m.E, P + begin, kGradKeys);
-  strip_products<C>(m.grad_strips + i * m.Ev, m.value_columns + begin * m.Ev, rows, width, m.Ev, dS + begin, kGradKeys);
+  Strip<C> query = strip_in_place<C, T>(p.query, head, q, rows),
+           grad = strip_in_place<C, T>(b.grad_output, head, q, rows);
+  if (!query.data) query = {m.query_strips + i * m.E, 0};
+  if (!grad.data) grad = {m.grad_strips + i * m.Ev, 0};
+  strip_products<C>(query, m.key_columns + begin * m.E, rows, width, m.E, P + begin, kGradKeys);
+  strip_products<C>(grad, m.value_columns + begin * m.Ev, rows, width, m.Ev, dS + begin, kGradKeys);
   const C c = score_factor<C>(p), keep = static_cast<C>(keep_scale(p));
   const bool capped = p.softcap != 0 && through_cap;
   for (int64_t r = 0; r < rows; ++r) {

@@ -52,6 +52,18 @@ FASTNN_INLINE C exp2_nonpositive(C x) {
   return vexp2_nonpositive(splat<C>(x))[0];
 }
 
+// log(x) for the normal x > 0 that sums of exponentials are; NaN and infinity stay.
+FASTNN_INLINE Vec<float> vlog(Vec<float> x) {
+  const Vec<int32_t> bits = bitcast<Vec<int32_t>>(x);
+  const Vec<float> mantissa = bitcast<Vec<float>>((bits & 0x7fffff) | 0x3f800000);
+  const Vec<float> exponent = __builtin_convertvector((bits >> 23) - 127, Vec<float>);
+  const Vec<float> y = fma(exponent, splat(0.693147181f), vlog1p_unit(mantissa - 1.0f));
+  return x < std::numeric_limits<float>::infinity() ? y : x;
+}
+FASTNN_INLINE Vec<double> vlog(Vec<double> x) {
+  return lane_by_lane<double>(x, [](double v) { return std::log(v); });
+}
+
 // ---- strips --------------------------------------------------------------------------------------------------------
 
 // The rows of a kernel are the queries of all heads of a group: row r is query r % L of head item · group + r / L.
@@ -211,16 +223,39 @@ FASTNN_INLINE void micro_kernel_strided(int64_t depth, const C* __restrict a, in
   }
 }
 
-// s[i * stride + j] = strip of packed queries (or gradients) times packed positions; columns up to a multiple of NR.
+// The A of a strip: rows along the depth, `row_stride` apart; or packed, [depth][MR], where row_stride is 0.
 template <class C>
-inline void strip_products(const C* strip, const C* panels, int64_t rows, int64_t count, int64_t depth, C* s,
+struct Strip {
+  const C* data;
+  int64_t row_stride;
+};
+// Rows [row, row + rows) of one head where they lie, if the micro-kernel can take them so; else data is null. It computes
+// the smallest compiled number of rows, so there must be one of just this many.
+template <class C, class T>
+inline Strip<C> strip_in_place(const AttentionOperand& x, int64_t head, int64_t row, int64_t rows) {
+  if constexpr (std::is_same_v<C, T>) {
+    bool exact = false;
+    with_rows<C>(rows, [&](auto height) { exact = decltype(height)::value == rows; });
+    if (exact && x.col_stride == 1 && x.row_stride != 0)
+      return {static_cast<const C*>(x.data) + x.offset[head] + row * x.row_stride, x.row_stride};
+  }
+  return {nullptr, 0};
+}
+
+// s[i * stride + j] = strip of queries (or gradients) times packed positions; columns up to a multiple of NR.
+template <class C>
+inline void strip_products(const Strip<C>& strip, const C* panels, int64_t rows, int64_t count, int64_t depth, C* s,
                            int64_t stride) {
   constexpr int64_t NR = kNR<C>;
   for (int64_t j = 0; j < count; j += NR) {
     with_rows<C>(rows, [&](auto height) {
       constexpr int ROWS = decltype(height)::value;
       Tile<C, ROWS> tile;
-      micro_kernel<C, ROWS>(depth, strip, panels + j * depth, tile);
+      if (strip.row_stride) {
+        micro_kernel_strided<C, ROWS>(depth, strip.data, strip.row_stride, 1, panels + j * depth, tile);
+      } else {
+        micro_kernel<C, ROWS>(depth, strip.data, panels + j * depth, tile);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
         store(s + i * stride + j, tile.acc[i][0]);
