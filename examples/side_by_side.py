@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # fastnn beside this folder, where none is installed
 
 
 @dataclass

@@ -187,7 +187,7 @@ def vjp_of_vjp(
             [y for y, _ in pairs], [xs[i] for i in chosen], [g for _, g in pairs], create_graph=True, allow_unused=True
         )
         live = [(grad, grad_grads[i]) for grad, i in zip(grads, chosen, strict=True) if grad is not None and grad.requires_grad]
-        targets = [t for t in (*gs, *xs) if t is not None and t.requires_grad]  # a bool mask does not
+        targets = [t for t in (*gs, *xs) if t is not None and t.requires_grad]  # no masks of bool
         found = (
             torch.autograd.grad(
                 [grad for grad, _ in live],

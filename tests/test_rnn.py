@@ -343,7 +343,7 @@ def cells(kind, inputs, hidden, dtype=torch.float32, **kwargs):
 
 @pytest.mark.parametrize("kind", KINDS[:4])
 def test_cells(kind):
-    for inputs, hidden, batch, bias, dtype in itertools.product((1, 9, 16), (5, 16), (1, 3, 33), (True, False), DTYPES):
+    for inputs, hidden, batch, bias, dtype in itertools.product((1, 16), (5, 16), (1, 33), (True, False), DTYPES):
         torch.manual_seed(0)
         stock, own = cells(kind, inputs, hidden, dtype, bias=bias)
         x = torch.randn(batch, inputs, dtype=torch.float64).to(dtype).requires_grad_()
@@ -511,7 +511,7 @@ def test_module_info_samples():
         own_class = getattr(nn, info.module_cls.__name__, None)
         if own_class is None or not info.name.startswith("nn.") or "RNN" not in info.name + str(own_class.__mro__):
             continue
-        for dtype, training in itertools.product((torch.float32, torch.float64), (False, True)):
+        for dtype, training in ((torch.float32, True), (torch.float64, False)):
             for sample in info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training):
                 c, f = sample.constructor_input, sample.forward_input
                 stock = info.module_cls(*c.args, **c.kwargs).to(dtype)

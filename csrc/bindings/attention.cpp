@@ -81,8 +81,8 @@ void check_options(const Options& o, bool has_mask, const OptionalTensor& philox
   TORCH_CHECK(!(o.is_causal && has_mask), "fastnn.attention: attn_mask must be None when is_causal is set; got both.");
   TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, "fastnn.attention: dropout_p must be between 0 and 1; got ",
               o.dropout_p, ".");
-  TORCH_CHECK_VALUE(!o.softcap || *o.softcap >= 0, "fastnn.attention: softcap must be positive, or 0 or None for none; got ",
-                    *o.softcap, ".");
+  TORCH_CHECK_VALUE(!o.softcap || *o.softcap >= 0,
+                    "fastnn.attention: softcap must be positive, or 0 or None for none; got ", *o.softcap, ".");
   TORCH_CHECK_VALUE(!o.window || (o.window->size() == 2 && (*o.window)[0] >= -1 && (*o.window)[1] >= -1),
                     "fastnn.attention: window must be None, an int, or (left, right), -1 for no limit; got ", *o.window,
                     ".");
@@ -98,15 +98,16 @@ Problem check(const Tensor& query, const Tensor& key, const Tensor& value, const
               key.sizes(), " and ", value.sizes(), ".");
   check_same("attention", "key", key, query, "query");
   check_same("attention", "value", value, query, "query");
-  TORCH_CHECK(query.size(-1) == key.size(-1), "fastnn.attention: key must have query's last dimension, ", query.size(-1),
-              "; got ", key.sizes(), ".");
+  TORCH_CHECK(query.size(-1) == key.size(-1), "fastnn.attention: key must have query's last dimension, ",
+              query.size(-1), "; got ", key.sizes(), ".");
   TORCH_CHECK(key.size(-2) == value.size(-2), "fastnn.attention: value must have as many positions as key, ",
               key.size(-2), "; got ", value.sizes(), ".");
   Problem q;
   AttentionParams& p = q.params;
   p = {};
   p.dtype = *dtype_of(query);
-  p.query_length = query.size(-2), p.key_length = key.size(-2), p.head_dim = query.size(-1), p.value_dim = value.size(-1);
+  p.query_length = query.size(-2), p.key_length = key.size(-2), p.head_dim = query.size(-1),
+  p.value_dim = value.size(-1);
 
   Sizes key_lead = leading(key), value_lead = leading(value);
   int64_t key_repeat = 1, value_repeat = 1;
@@ -117,8 +118,8 @@ Problem check(const Tensor& query, const Tensor& key, const Tensor& value, const
     const int64_t heads = query.size(-3);
     for (auto [lead, repeat] : {std::pair{&key_lead, &key_repeat}, std::pair{&value_lead, &value_repeat}}) {
       TORCH_CHECK(lead->back() > 0 && heads % lead->back() == 0,
-                  "fastnn.attention: heads of key and value must divide those of query, ", heads, "; got ", lead->back(),
-                  ".");
+                  "fastnn.attention: heads of key and value must divide those of query, ", heads, "; got ",
+                  lead->back(), ".");
       *repeat = heads / lead->back();
       lead->back() = heads;
     }
@@ -149,15 +150,16 @@ Problem check(const Tensor& query, const Tensor& key, const Tensor& value, const
     const Sizes full = joined(q.lead, {p.query_length, p.key_length});
     TORCH_CHECK(at::is_expandable_to(mask->sizes(), full), "fastnn.attention: attn_mask must be broadcastable to ",
                 at::IntArrayRef(full), "; got ", mask->sizes(), ".");
-    p.mask_type = mask->scalar_type() == at::kBool                  ? AttentionMask::Bool
+    p.mask_type = mask->scalar_type() == at::kBool             ? AttentionMask::Bool
                   : mask->scalar_type() == query.scalar_type() ? AttentionMask::Query
-                                                                    : AttentionMask::Float32;
+                                                               : AttentionMask::Float32;
     const int64_t rows = mask->dim() > 1 ? mask->size(-2) : 1, cols = mask->dim() > 0 ? mask->size(-1) : 1;
     q.mask_at = mask->dim() > 2 ? starts(*mask, q.lead, 2) : Sizes(p.heads, 0);
-    p.mask = {mask->const_data_ptr(), q.mask_at.data(), rows == 1 ? 0 : mask->stride(-2), cols == 1 ? 0 : mask->stride(-1)};
+    p.mask = {mask->const_data_ptr(), q.mask_at.data(), rows == 1 ? 0 : mask->stride(-2),
+              cols == 1 ? 0 : mask->stride(-1)};
   }
 
-  p.scale = o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
+  p.scale = p.head_dim == 0 ? 1 : o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
   p.softcap = o.softcap.value_or(0);
   p.dropout_p = o.dropout_p;
   p.philox_seed = o.dropout_p > 0 ? static_cast<uint64_t>(*philox_seed->const_data_ptr<int64_t>()) : 0;
@@ -175,7 +177,8 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key,
                                          const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
                                          std::optional<double> scale, bool enable_gqa, Window window,
                                          std::optional<double> softcap, const OptionalTensor& philox_seed) {
-  Problem q = check(query, key, value, attn_mask, {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
+  Problem q =
+      check(query, key, value, attn_mask, {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
   AttentionParams& p = q.params;
   Tensor output = empty_like_query(query, q.lead, p.query_length, p.value_dim);
   Tensor lse = at::empty(joined(q.lead, {p.query_length}),
@@ -200,7 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& value, const OptionalTensor& attn_mask, const Tensor& output, const Tensor& lse, double dropout_p,
     bool is_causal, std::optional<double> scale, bool enable_gqa, Window window, std::optional<double> softcap,
     const OptionalTensor& philox_seed, std::array<bool, 4> output_mask) {
-  Problem q = check(query, key, value, attn_mask, {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
+  Problem q =
+      check(query, key, value, attn_mask, {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
   AttentionBackwardParams b = {};
   AttentionParams& p = q.params;
   check_same("attention_backward", "grad_output", grad_output, query, "query");
@@ -236,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   if (output_mask[3] && attn_mask && p.mask_type != AttentionMask::Bool) {
     grad_mask = at::empty(attn_mask->sizes(), lse.options());
     mask_index = grad_mask.dim() > 2 ? starts(grad_mask, q.lead, 2) : Sizes(p.heads, 0);
-    b.mask_rows = grad_mask.dim() > 1 ? grad_mask.size(-2) : 1, b.mask_cols = grad_mask.dim() > 0 ? grad_mask.size(-1) : 1;
+    b.mask_rows = grad_mask.dim() > 1 ? grad_mask.size(-2) : 1,
+    b.mask_cols = grad_mask.dim() > 0 ? grad_mask.size(-1) : 1;
     const int64_t size = b.mask_rows * b.mask_cols;
     b.mask_heads = size > 0 ? grad_mask.numel() / size : 0;
     for (int64_t& index : mask_index) index = size > 0 ? index / size : 0;
@@ -340,7 +345,8 @@ py::object attention_entry(py::handle query, py::handle key, py::handle value, p
   {
     py::gil_scoped_release no_gil;
     OptionalTensor seed;
-    if (dropout_p > 0) seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::TensorOptions().dtype(at::kLong));
+    if (dropout_p > 0)
+      seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::TensorOptions().dtype(at::kLong));
     results = attention_op().call(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa,
                                   window ? Window(*window) : Window(), softcap, seed);
   }

@@ -19,9 +19,9 @@ namespace fastnn::cpu::FASTNN_ISA {
 
 // How the work is cut; a function of the shape, except the rows of a task, which no result depends on.
 struct AttentionPlan {
-  int64_t items, rows;       // keys' heads, rows of each
+  int64_t items, rows;        // keys' heads, rows of each
   int64_t task_rows, chunks;  // rows of a task, tasks along the rows
-  int64_t part_keys, parts;  // keys of a task, tasks along the keys
+  int64_t part_keys, parts;   // keys of a task, tasks along the keys
   bool decode;
 };
 template <class C>
@@ -94,8 +94,7 @@ inline void attend(const AttentionParams& p, int64_t item, int64_t r0, int64_t r
   const Range seen = visible_keys(p, r0, r1);
   k_end = std::min(k_end, seen.end);
   // Blocks start at multiples of their size, so a row meets the same blocks in any task.
-  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end;
-       k0 += kAttentionKeys) {
+  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end; k0 += kAttentionKeys) {
     const int64_t count = std::min(kAttentionKeys, k_end - k0);
     if (k0 <= std::max(k_begin, seen.begin))
       for (int64_t r = r0; r < r1; r += MR)
@@ -116,8 +115,7 @@ inline void store_rows(const AttentionParams& p, int64_t item, int64_t r0, int64
     const C inverse = sum == 0 ? C(0) : keep / sum;  // no key to see: zeros
     const C* acc = state.acc + (r - r0) * state.stride;
     T* out = static_cast<T*>(p.output.data) + p.output.offset[row.head] + row.query * p.output.row_stride;
-    for (int64_t n = 0; n < p.value_dim; n += kLanes<C>)
-      store_first(out + n, load(acc + n) * inverse, p.value_dim - n);
+    for (int64_t n = 0; n < p.value_dim; n += kLanes<C>) store_first(out + n, load(acc + n) * inverse, p.value_dim - n);
     C* lse = static_cast<C*>(p.lse) + row.head * p.query_length + row.query;
     *lse = sum == 0 ? kNegativeInfinity<C> : maximum * c + std::log(sum);
   }

@@ -24,8 +24,8 @@ template <class C>
 struct GradientBlock {
   static constexpr int64_t MR = kMR<C>, NR = kNR<C>, kTile = kGradQueries<C> * kGradKeys;
   int64_t E, Ev, padded_E, padded_Ev;
-  C *key_columns, *key_features, *value_columns;                                // panels of B
-  C *query_strips, *query_features, *grad_strips, *grad_features;               // A and B of a block of queries
+  C *key_columns, *key_features, *value_columns;                   // panels of B
+  C *query_strips, *query_features, *grad_strips, *grad_features;  // A and B of a block of queries
   C *probability, *grad_score, *slope, *grad_key, *grad_value;
 
   static int64_t pad(int64_t n) { return (n + NR - 1) / NR * NR; }
@@ -39,8 +39,8 @@ struct GradientBlock {
     grad_key = take(kGradKeys * padded_E), grad_value = take(kGradKeys * padded_Ev);
   }
   static int64_t size(const AttentionParams& p) {
-    return (kGradKeys + kGradQueries<C>) * (2 * pad(p.head_dim) + 2 * pad(p.value_dim)) +
-           kGradKeys * pad(p.head_dim) + 2 * (kTile + MR) + kGradKeys + 16 * 16;
+    return (kGradKeys + kGradQueries<C>)*(2 * pad(p.head_dim) + 2 * pad(p.value_dim)) + kGradKeys * pad(p.head_dim) +
+           2 * (kTile + MR) + kGradKeys + 16 * 16;
   }
 };
 
@@ -137,9 +137,9 @@ inline void gradient_pair(const AttentionBackwardParams& b, int64_t head, int64_
     for (int64_t n = 0; n < m.E; n += NR)
       with_rows<C>(rows, [&](auto height) {
         Tile<C, decltype(height)::value> tile;
-        micro_kernel_strided<C, decltype(height)::value>(
-            keys.end - keys.begin, m.grad_score + i * kGradKeys + keys.begin, kGradKeys, 1,
-            m.key_features + n * count + keys.begin * NR, tile);
+        micro_kernel_strided<C, decltype(height)::value>(keys.end - keys.begin,
+                                                         m.grad_score + i * kGradKeys + keys.begin, kGradKeys, 1,
+                                                         m.key_features + n * count + keys.begin * NR, tile);
         add_tile(tile, rows, grad_query + (q0 + i) * m.padded_E + n, m.padded_E);
       });
   }
@@ -194,8 +194,8 @@ inline void gradient_task(const AttentionBackwardParams& b, int64_t item, int64_
         const Range first = visible_keys(p, q0), last = visible_keys(p, q0 + queries - 1);
         if (first.begin >= k0 + count || last.end <= k0) continue;
         pack_queries<T>(b, head, q0, queries, b.grad_key.data || b.grad_value.data, m);
-        gradient_pair<T>(b, head, q0, queries, k0, count, delta,
-                         grad_query ? grad_query + g * L * m.padded_E : nullptr, m);
+        gradient_pair<T>(b, head, q0, queries, k0, count, delta, grad_query ? grad_query + g * L * m.padded_E : nullptr,
+                         m);
       }
     }
     if (b.grad_key.data) store_gradient<T>(b.grad_key, item, k0, count, m.E, m.grad_key, m.padded_E, scale);
@@ -255,7 +255,8 @@ inline void mask_gradient_task(const AttentionBackwardParams& b, int64_t mask_he
   }
   C* const out = static_cast<C*>(b.grad_mask) + mask_head * b.mask_rows * b.mask_cols;
   for (int64_t r = 0; r < acc_rows; ++r)
-    std::copy_n(acc + r * acc_cols, acc_cols, out + (one_row ? 0 : q_begin + r) * b.mask_cols + (one_col ? 0 : k_begin));
+    std::copy_n(acc + r * acc_cols, acc_cols,
+                out + (one_row ? 0 : q_begin + r) * b.mask_cols + (one_col ? 0 : k_begin));
 }
 
 template <class C>
@@ -286,7 +287,7 @@ inline void attention_backward(const AttentionBackwardParams& b) {
 
   Scratch<C> delta(p.heads * L), grad_query(wants_query ? items * parts * rows * padded_E : 0);
   const int64_t acc_size = !b.grad_mask ? 0
-                                        : (b.mask_rows == 1 ? 1 : kGradQueries<C>) * (b.mask_cols == 1 ? 1 : kGradKeys) +
+                                        : (b.mask_rows == 1 ? 1 : kGradQueries<C>)*(b.mask_cols == 1 ? 1 : kGradKeys) +
                                               (b.mask_rows == 1 && b.mask_cols != 1 ? kGradKeys : 0);
   const double flops = 2.0 * p.heads * L * S * (3.0 * p.head_dim + 2.0 * p.value_dim + 16.0);
   const int threads = worth_threads(p.threads, flops, 0);

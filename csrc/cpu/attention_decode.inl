@@ -1,7 +1,7 @@
 // Attention of few queries: key and value are read once, as they lie in memory, by all rows that share them.
 //
 // Scores are dot products along head_dim: LANES keys at a time, one accumulator for each, summed across lanes together.
-// The values' weighted sum keeps up to 8 vectors of features in registers while it runs down a block of 64 keys.
+// The values' weighted sum keeps up to 8 vectors of features in registers while it runs down 16 keys.
 // Bound by memory: 4 · (head_dim + value_dim) bytes a key. Also the running softmax that attention.inl uses.
 #pragma once
 
@@ -11,6 +11,7 @@ namespace fastnn::cpu::FASTNN_ISA {
 
 inline constexpr int64_t kAttentionKeys = 128;  // keys of a block
 inline constexpr int64_t kDecodeRows = 8;       // more rows than these pay for packing
+inline constexpr int64_t kValueKeys = 16;       // keys whose values are added at a time
 inline constexpr int64_t kStateRows = 16;       // most rows of a strip, at least MR and kDecodeRows
 
 // Running maximum of the scores, sum of exponentials and weighted sum of values of each row.
@@ -30,7 +31,8 @@ struct AttentionState {
     for (int64_t r = 0; r < rows; ++r) {
       const C top = maximum[r] < other.maximum[r] ? other.maximum[r] : maximum[r];
       const C safe = top == kNegativeInfinity<C> ? C(0) : top;
-      const C mine = exp2_nonpositive((maximum[r] - safe) * c), theirs = exp2_nonpositive((other.maximum[r] - safe) * c);
+      const C mine = exp2_nonpositive((maximum[r] - safe) * c),
+              theirs = exp2_nonpositive((other.maximum[r] - safe) * c);
       maximum[r] = top;
       sum[r] = sum[r] * mine + other.sum[r] * theirs;
       C* a = acc + r * stride;
@@ -178,6 +180,13 @@ FASTNN_INLINE void decode_values(const C* weight, const T* value, int64_t value_
   }
 }
 
+// Asks for `count` rows of `width` elements: the arithmetic on what is here hides the way of what comes next.
+template <class T>
+FASTNN_INLINE void prefetch_rows(const T* data, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t e = 0; e < width; e += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(data + i * stride + e);
+}
+
 // Calls f(std::integral_constant<int, ROWS>, first row) for groups of 4 rows and one of the rest.
 template <class F>
 FASTNN_INLINE void with_few_rows(int64_t rows, const F& f) {
@@ -211,27 +220,38 @@ inline void attend_few(const AttentionParams& p, int64_t item, int64_t rows, int
   const T* const value = static_cast<const T*>(p.value.data) + p.value.offset[item];
   const Range seen = visible_keys(p, 0, rows);
   k_end = std::min(k_end, seen.end);
-  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end;
-       k0 += kAttentionKeys) {
+  for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end; k0 += kAttentionKeys) {
     const int64_t count = std::min(kAttentionKeys, k_end - k0), padded = (count + L - 1) / L * L;
     for (int64_t j = 0; j < count; j += L) {
       const T* line[L];
       for (int i = 0; i < L; ++i) line[i] = key + std::min(k0 + j + i, k_end - 1) * p.key.row_stride;
+      const int64_t ahead = k0 + j + 2 * L;
+      if (ahead < k_end)
+        prefetch_rows(key + ahead * p.key.row_stride, p.key.row_stride, std::min<int64_t>(L, k_end - ahead), E);
       with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
         decode_scores<decltype(height)::value, T>(query + i * query_stride, query_stride, line, E,
                                                   score + i * kAttentionKeys + j);
       });
     }
     alignas(64) C alpha[kStateRows];
+    constexpr C ones[4] = {1, 1, 1, 1};
     for (int64_t i = 0; i < rows; ++i)
       finish_scores<T>(p, row_of(p, item, i), k0, count, padded, score + i * kAttentionKeys);
     softmax_strip(rows, padded, kAttentionKeys, score_factor<C>(p), score, alpha, state.maximum, state.sum);
     if (p.dropout_p > 0) drop_strip(p, item, 0, rows, k0, count, score);
-    with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
-      decode_values<decltype(height)::value, T>(score + i * kAttentionKeys, value + k0 * p.value.row_stride,
-                                                p.value.row_stride, count, p.value_dim, alpha + i,
-                                                state.acc + i * state.stride, state.stride);
-    });
+    // Some keys at a time, whole rows of value: they come from memory in the order in which they lie there.
+    for (int64_t k = 0; k < count; k += kValueKeys) {
+      const int64_t ahead = k0 + k + kValueKeys;
+      if (ahead < k_end)
+        prefetch_rows(value + ahead * p.value.row_stride, p.value.row_stride, std::min(kValueKeys, k_end - ahead),
+                      p.value_dim);
+      with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+        decode_values<decltype(height)::value, T>(score + i * kAttentionKeys + k, value + (k0 + k) * p.value.row_stride,
+                                                  p.value.row_stride, std::min(kValueKeys, count - k), p.value_dim,
+                                                  k == 0 ? alpha + i : ones, state.acc + i * state.stride,
+                                                  state.stride);
+      });
+    }
   }
 }
 

@@ -19,8 +19,7 @@ inline constexpr C kNegativeInfinity = -std::numeric_limits<C>::infinity();
 
 // 2^x for x <= 0 (a rounding error above it is fine); 0 below the smallest normal number, so 0 for -infinity; NaN stays.
 FASTNN_INLINE Vec<float> vexp2_nonpositive(Vec<float> x) {
-  constexpr float p[] = {1.0f,          0.69314718f,    0.24022646f,   0.055503286f,
-                         0.009618489f, 0.00133999309f, 0.000153458110f};
+  constexpr float p[] = {1.0f, 0.69314718f, 0.24022646f, 0.055503286f, 0.009618489f, 0.00133999309f, 0.000153458110f};
   const Vec<float> low = x < -126.0f ? splat(-126.0f) : x;
   const Vec<float> shifted = low + 12582912.0f;  // 1.5 · 2^23: the integer lands in the low bits
   const Vec<int32_t> n = bitcast<Vec<int32_t>>(shifted) - bitcast<int32_t>(12582912.0f);
@@ -45,8 +44,7 @@ FASTNN_INLINE Vec<double> vexp2_nonpositive(Vec<double> x) {
   const Vec<double> low = x < -1022.0 ? splat(-1022.0) : x;
   const Vec<double> shifted = low + 6755399441055744.0;  // 1.5 · 2^52
   const Vec<int64_t> n = bitcast<Vec<int64_t>>(shifted) - bitcast<int64_t>(6755399441055744.0);
-  const Vec<double> y =
-      horner(low - (shifted - 6755399441055744.0), p) * bitcast<Vec<double>>((n + 1023) << 52);
+  const Vec<double> y = horner(low - (shifted - 6755399441055744.0), p) * bitcast<Vec<double>>((n + 1023) << 52);
   return x < -1022.0 ? zero<double>() : y;
 }
 template <class C>
@@ -131,9 +129,9 @@ inline void finish_scores(const AttentionParams& p, const Row& row, int64_t k0, 
     } else {
       for (int64_t j = 0; j < padded; j += kLanes<C>) store(s + j, load(s + j) * scale);
     }
-    const int64_t at = p.mask_type == AttentionMask::None ? 0
-                                                          : p.mask.offset[row.head] + row.query * p.mask.row_stride +
-                                                                k0 * p.mask.col_stride;
+    const int64_t at = p.mask_type == AttentionMask::None
+                           ? 0
+                           : p.mask.offset[row.head] + row.query * p.mask.row_stride + k0 * p.mask.col_stride;
     switch (p.mask_type) {
       case AttentionMask::None: break;
       case AttentionMask::Bool:
@@ -180,7 +178,8 @@ inline void pack_positions_as_columns(const AttentionOperand& x, int64_t offset,
   constexpr int64_t NR = kNR<C>;
   const T* data = static_cast<const T*>(x.data) + offset + k0 * x.row_stride;
   for (int64_t j = 0; j < count; j += NR)
-    pack_panel<NR>(data + j * x.row_stride, x.row_stride, x.col_stride, std::min(NR, count - j), depth, dst + j * depth);
+    pack_panel<NR>(data + j * x.row_stride, x.row_stride, x.col_stride, std::min(NR, count - j), depth,
+                   dst + j * depth);
 }
 // … and so that features are columns: panels [count][NR].
 template <class C, class T>
@@ -189,7 +188,8 @@ inline void pack_features_as_columns(const AttentionOperand& x, int64_t offset, 
   constexpr int64_t NR = kNR<C>;
   const T* data = static_cast<const T*>(x.data) + offset + k0 * x.row_stride;
   for (int64_t n = 0; n < depth; n += NR)
-    pack_panel<NR>(data + n * x.col_stride, x.col_stride, x.row_stride, std::min(NR, depth - n), count, dst + n * count);
+    pack_panel<NR>(data + n * x.col_stride, x.col_stride, x.row_stride, std::min(NR, depth - n), count,
+                   dst + n * count);
 }
 
 // tile[i][:] = sum over k < depth of a[i * row_stride + k * k_stride] * b[k * NR + :]: A not packed, on a packed panel.

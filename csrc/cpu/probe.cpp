@@ -34,11 +34,11 @@ double best_seconds(int runs, int threads, const F& f) {
 }  // namespace
 
 double probe_fma(DType dtype, int threads) {
-  constexpr int64_t rounds = 2'000'000;  // some milliseconds
+  constexpr int64_t rounds = 250'000;  // about a millisecond: some of the runs meet no other process
   const ProbeKernels& kernels = variants.table();
   const double operations = 2.0 * rounds * kernels.fma(dtype, 1);
   int ran = 1;
-  const double seconds = best_seconds(7, threads, [&](int thread, int of) {
+  const double seconds = best_seconds(60, threads, [&](int thread, int of) {
     if (thread == 0) ran = of;
     kernels.fma(dtype, rounds);
   });
@@ -54,7 +54,7 @@ double probe_bandwidth(int64_t bytes, int threads) {
     for (int64_t i = own.begin; i < own.end; ++i) data[i] = 1;
   });
   volatile float sink = 0;
-  const double seconds = best_seconds(7, threads, [&](int thread, int of) {
+  const double seconds = best_seconds(15, threads, [&](int thread, int of) {
     const Range own = share(count, 4096, thread, of);
     const float sum = kernels.read(data + own.begin, own.end - own.begin);
     if (thread == 0) sink = sum;

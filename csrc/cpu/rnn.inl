@@ -75,15 +75,16 @@ struct RnnForward {
     const RnnWeights& w = p.weights[d];
     const Range r = share(panels, 1, rank, ranks);
     for (int64_t n = r.begin; n < r.end; ++n) {
+      int64_t row[NV], lanes[NV];
+      for (int v = 0; v < NV; ++v) row[v] = gate(v) * H + unit(n, v), lanes[v] = std::clamp<int64_t>(H - unit(n, v), 0, L);
+      if (packs) {
+        rnn_pack_panel(p.dtype, w.weight_ih, I, NV, row, lanes, I, s.w_ih + n * NV * L * I);
+        rnn_pack_panel(p.dtype, w.weight_hh, P, NV, row, lanes, P, s.w_hh + n * NV * L * P);
+      }
       for (int v = 0; v < NV; ++v) {
-        const int64_t lanes = std::clamp<int64_t>(H - unit(n, v), 0, L), row = gate(v) * H + unit(n, v);
-        if (packs) {
-          rnn_pack_rows(p.dtype, of(w.weight_ih, row * I), I, lanes, I, s.w_ih + n * NV * L * I + v * L, NV * L);
-          rnn_pack_rows(p.dtype, of(w.weight_hh, row * P), P, lanes, P, s.w_hh + n * NV * L * P + v * L, NV * L);
-        }
         alignas(64) C ih[L] = {}, hh[L] = {};
-        if (w.bias_ih) rnn_widen(p.dtype, of(w.bias_ih, row), lanes, ih);
-        if (w.bias_hh) rnn_widen(p.dtype, of(w.bias_hh, row), lanes, hh);
+        if (w.bias_ih) rnn_widen(p.dtype, of(w.bias_ih, row[v]), lanes[v], ih);
+        if (w.bias_hh) rnn_widen(p.dtype, of(w.bias_hh, row[v]), lanes[v], hh);
         C* bias = s.bias + n * SLOTS * L;
         if (G == 3 && v == 2) {
           store(bias + 2 * L, load(ih));
@@ -95,11 +96,11 @@ struct RnnForward {
     }
     if (project && packs) {
       const Range q = share(ppanels, 1, rank, ranks);
-      for (int64_t n = q.begin; n < q.end; ++n)
-        for (int v = 0; v < PNV; ++v) {
-          const int64_t row = n * PUNITS + v * L, lanes = std::clamp<int64_t>(P - row, 0, L);
-          rnn_pack_rows(p.dtype, of(w.weight_hr, row * H), H, lanes, H, s.w_hr + n * PUNITS * H + v * L, PUNITS);
-        }
+      for (int64_t n = q.begin; n < q.end; ++n) {
+        const int64_t row[PNV] = {n * PUNITS, n * PUNITS + L};
+        const int64_t lanes[PNV] = {std::min<int64_t>(P - row[0], L), std::clamp<int64_t>(P - row[1], 0, L)};
+        rnn_pack_panel(p.dtype, w.weight_hr, H, PNV, row, lanes, H, s.w_hr + n * PUNITS * H);
+      }
     }
     const Range b = share(B, 1, rank, ranks);
     for (int64_t i = b.begin; i < b.end; ++i) {

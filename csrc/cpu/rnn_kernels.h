@@ -11,7 +11,11 @@ struct RnnKernels {
 };
 
 // A weight is packed once for the sequence where enough rows of it repay that; a cell, or a few steps at batch one, runs
-// on dot products along the weight's own rows. A 16-bit weight would be widened again for each row.
-inline bool rnn_packs(const RnnParams& p) { return p.rows > (p.dtype <= DType::Float64 ? 16 : 2); }
+// on dot products along the weight's own rows. Packing costs more the less of it stays in cache, and dot products do
+// better on long rows; but a 16-bit weight would be widened again for each row.
+inline bool rnn_packs(const RnnParams& p) {
+  const int64_t weights = rnn_mode_row(p.mode).gates * p.hidden_size * (p.input_size + p.state_size);
+  return p.rows > (p.dtype <= DType::Float64 ? 8 + weights / 32768 : 2 + weights / 131072);
+}
 
 }  // namespace fastnn::cpu

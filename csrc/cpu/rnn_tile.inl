@@ -31,14 +31,27 @@ FASTNN_INLINE void rnn_tile(int64_t depth, const C* const* rows, const C* __rest
   for (; k + UNROLL <= depth; k += UNROLL, panel += UNROLL * NV * L) {
 #pragma GCC unroll 4
     for (int u = 0; u < UNROLL; ++u) {
-      Vec<C> b[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) b[v] = load(panel + (u * NV + v) * L);
+      // Whichever operand is smaller stays in registers: with 12 sums of 16 registers there is no room for both.
+      if constexpr (ROWS < NV) {
+        Vec<C> x[ROWS];
 #pragma GCC unroll 12
-      for (int i = 0; i < ROWS; ++i) {
-        const Vec<C> x = splat<C>(row[i][k + u]);
+        for (int i = 0; i < ROWS; ++i) x[i] = splat<C>(row[i][k + u]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[u][i][v] = fma(x, b[v], sum[u][i][v]);
+        for (int v = 0; v < NV; ++v) {
+          const Vec<C> b = load(panel + (u * NV + v) * L);
+#pragma GCC unroll 12
+          for (int i = 0; i < ROWS; ++i) sum[u][i][v] = fma(x[i], b, sum[u][i][v]);
+        }
+      } else {
+        Vec<C> b[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) b[v] = load(panel + (u * NV + v) * L);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; ++i) {
+          const Vec<C> x = splat<C>(row[i][k + u]);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) sum[u][i][v] = fma(x, b[v], sum[u][i][v]);
+        }
       }
     }
   }
@@ -140,18 +153,26 @@ __attribute__((noinline)) void rnn_narrow(DType dtype, const C* src, int64_t cou
   });
 }
 
-// Packs `lanes` (<= kLanes) rows of W, each `depth` long, into dst[k * width + lane]; missing lanes become zero.
+// Packs `count` vectors of rows of W into a panel: dst[(k * count + v) * kLanes + lane] = W[row[v] + lane, k] for
+// lane < lanes[v], zero beyond. Whole cache lines of all vectors together, so that each line is read and written once.
 template <class C>
-__attribute__((noinline)) void rnn_pack_rows(DType dtype, const void* from, int64_t ld, int64_t lanes, int64_t depth,
-                                             C* dst, int64_t width) {
+__attribute__((noinline)) void rnn_pack_panel(DType dtype, const void* from, int64_t ld, int count, const int64_t* row,
+                                              const int64_t* lanes, int64_t depth, C* dst) {
   constexpr int L = kLanes<C>;
+  constexpr int64_t line = std::max<int64_t>(64 / sizeof(C), L);
   rnn_with_storage<C>(dtype, [&](auto t) {
     const auto* w = static_cast<const decltype(t)*>(from);
-    int64_t k = 0;
-    if (lanes == L)
-      for (; k + L <= depth; k += L) pack_transposed<C>(w + k, ld, dst + k * width, width);
-    for (; k < depth; ++k)
-      for (int64_t i = 0; i < L; ++i) dst[k * width + i] = i < lanes ? load_one(w + i * ld + k) : C(0);
+    for (int64_t k0 = 0; k0 < depth; k0 += line) {
+      const int64_t end = std::min(k0 + line, depth);
+      for (int v = 0; v < count; ++v) {
+        const auto* rows = w + row[v] * ld;
+        int64_t k = k0;
+        if (lanes[v] == L)
+          for (; k + L <= end; k += L) pack_transposed<C>(rows + k, ld, dst + (k * count + v) * L, count * L);
+        for (; k < end; ++k)
+          for (int64_t i = 0; i < L; ++i) dst[(k * count + v) * L + i] = i < lanes[v] ? load_one(rows + i * ld + k) : C(0);
+      }
+    }
   });
 }
 
@@ -163,6 +184,20 @@ __attribute__((noinline)) void rnn_pack_columns(DType dtype, const void* from, i
   for (int64_t k = 0; k < depth; ++k, dst += 2 * L) {
     rnn_widen(dtype, rnn_at(from, dtype, k * ld), cols, dst);
     for (int64_t i = cols; i < 2 * L; ++i) dst[i] = C(0);
+  }
+}
+
+// r[0][j] = sum of the lanes of r[j]. Each round halves the vectors: of a pair, the lanes without bit D go on with the
+// first, those with it with the second.
+template <class C, int D = kLanes<C> / 2>
+FASTNN_INLINE void rnn_sum_lanes(Vec<C>* r) {
+  if constexpr (D > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) {
+      swap_halves<C, D>(r[i], r[i + D], std::make_integer_sequence<int, kLanes<C>>{});
+      r[i] += r[i + D];
+    }
+    rnn_sum_lanes<C, D / 2>(r);
   }
 }
 
@@ -204,18 +239,7 @@ FASTNN_INLINE Vec<C> rnn_dots_of(const T* w, int64_t ld, int64_t lanes, int64_t 
 #pragma GCC unroll 4
     for (int u = 1; u < UNROLL; ++u) r[j] += sum[u][j];
   }
-  // Each round halves the vectors: lanes without bit d go on with vector i, lanes with it with vector i + d.
-#pragma GCC unroll 4
-  for (int d = L / 2; d > 0; d /= 2) {
-    Vec<Bits<C>> low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < L; ++lane) {
-      low[lane] = lane & d ? L + (lane - d) : lane;
-      high[lane] = lane & d ? L + lane : lane + d;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < d; ++i) r[i] = __builtin_shuffle(r[i], r[i + d], low) + __builtin_shuffle(r[i], r[i + d], high);
-  }
+  rnn_sum_lanes<C>(r);
   return r[0];
 }
 

@@ -93,7 +93,9 @@ def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
 def _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse):
     """Torch's operator, or the plain formula for what torch's has not."""
     if window is None and not softcap and not return_lse:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
     output, lse = reference.attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, seed
@@ -106,13 +108,15 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, e
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         torch._check(
             tensor.dim() >= 2,
-            lambda name=name, tensor=tensor: f"fastnn.attention: {name} must have at least 2 dimensions; "
-            f"got {list(tensor.shape)}.",
+            lambda name=name, tensor=tensor: (
+                f"fastnn.attention: {name} must have at least 2 dimensions; got {list(tensor.shape)}."
+            ),
         )
         torch._check(
             tensor.dtype == query.dtype,
-            lambda name=name, tensor=tensor: f"fastnn.attention: {name} must have the dtype of query ({query.dtype}); "
-            f"got {tensor.dtype}.",
+            lambda name=name, tensor=tensor: (
+                f"fastnn.attention: {name} must have the dtype of query ({query.dtype}); got {tensor.dtype}."
+            ),
         )
     torch._check(
         query.shape[-1] == key.shape[-1],
@@ -120,7 +124,9 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, e
     )
     torch._check(
         key.shape[-2] == value.shape[-2],
-        lambda: f"fastnn.attention: value must have as many positions as key, {key.shape[-2]}; got {list(value.shape)}.",
+        lambda: (
+            f"fastnn.attention: value must have as many positions as key, {key.shape[-2]}; got {list(value.shape)}."
+        ),
     )
     leads = [list(tensor.shape[:-2]) for tensor in (query, key, value)]
     if enable_gqa:

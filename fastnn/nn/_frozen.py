@@ -40,8 +40,9 @@ class Frozen:
         stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa(), arguments)
         if self._pack is None or self._pack[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():
-                # The weight is kept too: while it lives, no other can have its id and its storage.
-                self._pack = (stamp, pack(weight.detach(), *arguments), weight)
+                # The weight is kept too: while it and its storage live, no other has its id and its address.
+                own = weight.detach()
+                self._pack = (stamp, pack(own, *arguments), own, weight)
         return self._pack[1]
 
     def __getstate__(self):
@@ -59,25 +60,30 @@ class Fold:
 
     def __init__(self, norm: torch.nn.BatchNorm2d):
         self.norm = norm
-        self._sources: tuple = ()
         self._folded: tuple[Tensor, Tensor] | None = None
+        self._marks: list[tuple] = []  # what the sources showed when they were folded
+        self._kept: list[Tensor] = []  # and their storages: while these live, no other source has their address
 
     def __getstate__(self):
-        return {"norm": self.norm, "_sources": (), "_folded": None}
+        return {"norm": self.norm, "_folded": None, "_marks": [], "_kept": []}
 
     def tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the folded weight and bias: kept while no source changes, by autograd where a gradient is wanted."""
-        norm = self.norm
-        sources = (weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        given = [t for t in sources if t is not None]
+        parameters, buffers = self.norm._parameters, self.norm._buffers
+        given = [weight, bias, parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]]
+        given = [t for t in given if t is not None]
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
             return self._compute(weight, bias, weight.dtype)
-        marks = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in given)
-        if self._folded is None or marks != self._sources:
+        try:
+            marks = [(t.data_ptr(), t._version) for t in given]
+        except RuntimeError:  # inference tensors count no versions
+            marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in given]
+        if self._folded is None or marks != self._marks:
             # No inference tensors: what is kept may meet autograd later, where only the input wants a gradient.
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = self._compute(weight, bias, torch.float64)
-            self._sources = marks
+                self._kept = [t.detach() for t in given]
+            self._marks = marks
         return self._folded
 
     def _compute(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
