@@ -16,6 +16,11 @@ from fastnn import _fallback, testing
 INF = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # everything here is tiny; conftest.py gives the others back
+
+
 def pair(*args, dtype=torch.float64, **kwargs):
     fast, stock = (
         fnn.MultiheadAttention(*args, dtype=dtype, **kwargs),

@@ -46,6 +46,11 @@ NAMES = list(SPECS)
 MODULE_INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in SPECS}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # everything here is tiny; conftest.py gives the others back
+
+
 def build(library, name, **where):
     """Build the spec's instance from ``torch.nn`` or ``fastnn.nn``; ``where`` holds device and dtype."""
     args, kwargs, _ = SPECS[name]

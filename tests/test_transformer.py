@@ -18,6 +18,11 @@ from fastnn import _fallback
 INF = float("inf")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # everything here is tiny; conftest.py gives the others back
+
+
 def both(name, *args, **kwargs):
     """One of fastnn's and one of torch's, with the same parameters; none of them zero or one."""
     fast, stock = getattr(fnn, name)(*args, **kwargs), getattr(nn, name)(*args, **kwargs)
