@@ -61,10 +61,13 @@ struct RnnForward {
       s.m = take(project ? B * Hs : 0);
     }
     const double flops = 2.0 * p.directions * p.rows * H * (G * (I + P) + (project ? P : 0));
-    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, [&](int d, int rank, int ranks) {
+    const auto share_of = [&](int rank, int ranks) {
+      return rnn_share(p, G, project ? kRnnRows<PNV> : kRnnRows<NV>, panels, rank, ranks);
+    };
+    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, share_of(1, 2).idle, [&](int d, int rank, int ranks) {
       prepare(d, rank, ranks);
       if (ranks > 1) sides[d].barrier.wait(ranks);
-      const RnnShare mine = rnn_share(p, G, project ? kRnnRows<PNV> : kRnnRows<NV>, panels, rank, ranks);
+      const RnnShare mine = share_of(rank, ranks);
       if (!mine.idle) sequence(d, mine);
     });
   }

@@ -132,10 +132,11 @@ struct RnnBackward {
       s.h_last = tables + d * R;
     }
     const double flops = 2.0 * p.directions * R * H * (G * P + (project ? P : 0));
-    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, [&](int d, int rank, int ranks) {
+    const auto share_of = [&](int rank, int ranks) { return rnn_share(p, G, kRnnRows<2>, ppanels, rank, ranks); };
+    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, share_of(1, 2).idle, [&](int d, int rank, int ranks) {
       prepare(d, rank, ranks);
       if (ranks > 1) sides[d].barrier.wait(ranks);
-      const RnnShare mine = rnn_share(p, G, kRnnRows<2>, ppanels, rank, ranks);
+      const RnnShare mine = share_of(rank, ranks);
       if (!mine.idle) sequence(d, mine);
     });
     finish(tables + D * R, tables + (D + 1) * R);

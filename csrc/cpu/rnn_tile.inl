@@ -201,56 +201,71 @@ FASTNN_INLINE void rnn_sum_lanes(Vec<C>* r) {
   }
 }
 
-// Lane j: sum over k of w[j * ld + k] * x[k], for the first `lanes` rows of w; nothing packed. Other lanes are undefined.
-template <class C, class T>
-FASTNN_INLINE Vec<C> rnn_dots_of(const T* w, int64_t ld, int64_t lanes, int64_t depth, const C* x) {
-  constexpr int L = kLanes<C>, UNROLL = L >= 8 ? 1 : 8 / L;
-  const T* row[L];
+// y[i] lane j: sum over k of row[j][k] * x[i][k] for X (1 or 2) vectors x and a vector's worth of rows, nothing packed.
+// Two vectors at once need fewer loads than multiplications; the sums are the same to the last bit.
+template <class C, int X, class T>
+FASTNN_INLINE void rnn_dots_of(const T* const* row, int64_t depth, const C* const* x, Vec<C>* y) {
+  constexpr int L = kLanes<C>, UNROLL = L >= 8 ? 1 : 8 / L, ROWS = L / X;
+  const int64_t whole = depth / L * L;
+  alignas(64) C tail[L][L] = {};
+  for (int j = 0; j < L && whole < depth; ++j)
+    for (int64_t k = whole; k < depth; ++k) tail[j][k - whole] = load_one(row[j] + k);
+  for (int group = 0; group < X; ++group, row += ROWS) {
+    Vec<C> sum[UNROLL][L], v[X];
 #pragma GCC unroll 16
-  for (int j = 0; j < L; ++j) row[j] = w + std::min<int64_t>(j, lanes - 1) * ld;
-  Vec<C> sum[UNROLL][L];
+    for (int i = 0; i < UNROLL * L; ++i) (&sum[0][0])[i] = zero<C>();
+    const auto add = [&](int u, int64_t k) {
+#pragma GCC unroll 2
+      for (int i = 0; i < X; ++i) v[i] = load(x[i] + k);
 #pragma GCC unroll 16
-  for (int i = 0; i < UNROLL * L; ++i) (&sum[0][0])[i] = zero<C>();
-  int64_t k = 0;
-  for (; k + UNROLL * L <= depth; k += UNROLL * L)
+      for (int j = 0; j < ROWS; ++j) {
+        const Vec<C> w = load(row[j] + k);
+#pragma GCC unroll 2
+        for (int i = 0; i < X; ++i) sum[u][i * ROWS + j] = fma(v[i], w, sum[u][i * ROWS + j]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + UNROLL * L <= depth; k += UNROLL * L)
 #pragma GCC unroll 4
-    for (int u = 0; u < UNROLL; ++u) {
-      const Vec<C> v = load(x + k + u * L);
+      for (int u = 0; u < UNROLL; ++u) add(u, k + u * L);
+    for (; k + L <= depth; k += L) add(0, k);
+    if (k < depth) {
+#pragma GCC unroll 2
+      for (int i = 0; i < X; ++i) v[i] = load_first(x[i] + k, depth - k);
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) sum[u][j] = fma(v, load(row[j] + k + u * L), sum[u][j]);
+      for (int j = 0; j < L; ++j) sum[0][j] = fma(v[j / ROWS], load(tail[group * ROWS + j % ROWS]), sum[0][j]);
     }
-  for (; k + L <= depth; k += L) {
-    const Vec<C> v = load(x + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) sum[0][j] = fma(v, load(row[j] + k), sum[0][j]);
-  }
-  if (k < depth) {
-    alignas(64) C tail[L][L] = {};
-    for (int j = 0; j < L; ++j)
-      for (int64_t i = k; i < depth; ++i) tail[j][i - k] = load_one(row[j] + i);
-    const Vec<C> v = load_first(x + k, depth - k);
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) sum[0][j] = fma(v, load(tail[j]), sum[0][j]);
-  }
-  Vec<C> r[L];
-#pragma GCC unroll 16
-  for (int j = 0; j < L; ++j) {
-    r[j] = sum[0][j];
 #pragma GCC unroll 4
-    for (int u = 1; u < UNROLL; ++u) r[j] += sum[u][j];
+    for (int u = 1; u < UNROLL; ++u)
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) sum[0][j] += sum[u][j];
+    rnn_sum_lanes<C>(sum[0]);
+    y[group] = sum[0][0];
   }
-  rnn_sum_lanes<C>(r);
-  return r[0];
+  if constexpr (X == 2) swap_halves<C, L / 2>(y[0], y[1], std::make_integer_sequence<int, L>{});
 }
 
-// out[i * out_stride] (+)= those dots for each of `rows` vectors x.
+// out[i * out_stride] (+)= those dots for each of `rows` vectors x, `lanes` rows of w; lanes beyond are undefined.
 template <class C>
 __attribute__((noinline)) void rnn_dots(DType dtype, const void* w, int64_t ld, int64_t lanes, int64_t depth, int64_t rows,
                                         const C* const* x, C* out, int64_t out_stride, bool add) {
   rnn_with_storage<C>(dtype, [&](auto t) {
-    for (int64_t i = 0; i < rows; ++i, out += out_stride) {
-      const Vec<C> y = rnn_dots_of<C>(static_cast<const decltype(t)*>(w), ld, lanes, depth, x[i]);
+    constexpr int L = kLanes<C>;
+    const decltype(t)* row[L];
+    for (int j = 0; j < L; ++j) row[j] = static_cast<const decltype(t)*>(w) + std::min<int64_t>(j, lanes - 1) * ld;
+    const auto put = [&](Vec<C> y) {
       store(out, add ? load(out) + y : y);
+      out += out_stride;
+    };
+    Vec<C> y[2];
+    for (; rows >= 2; rows -= 2, x += 2) {
+      rnn_dots_of<C, 2>(row, depth, x, y);
+      put(y[0]);
+      put(y[1]);
+    }
+    if (rows) {
+      rnn_dots_of<C, 1>(row, depth, x, y);
+      put(y[0]);
     }
   });
 }
@@ -299,8 +314,10 @@ inline RnnShare rnn_share(const RnnParams& p, int64_t gates, int tile_rows, int6
 }
 
 // Calls f(thread's direction, rank in it, threads in it): directions side by side where there are threads for both.
+// `alone`: a second thread of one direction would have nothing to do.
 template <class F>
-void rnn_parallel(int threads, int directions, const F& f) {
+void rnn_parallel(int threads, int directions, bool alone, const F& f) {
+  if (alone) threads = std::min(threads, directions);
   parallel(threads, [&](int thread, int running) {
     if (running == 1 || directions == 1) {
       for (int d = 0; d < directions; ++d) f(d, thread, running);
