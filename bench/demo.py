@@ -94,7 +94,7 @@ def take_turns(calls: list[Callable[[], object]], seconds: float) -> list[float]
     for call in calls * 2:
         call()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < (5 if seconds else 1):
+    while time.perf_counter() < end or len(times[0]) < (3 if seconds else 1):
         for call, own in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()

@@ -39,14 +39,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> list[Run]:
-    options = arguments(__doc__.splitlines()[0], epochs=12, argv=argv)
+    options = arguments(__doc__.splitlines()[0], epochs=20, argv=argv)
     images, labels, test_images, test_labels = digits()
 
     def batches(epoch: int) -> list[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
         return [(images[i], labels[i]) for i in order.split(32)]
 
-    runs = contestants(Net, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), options)
+    runs = contestants(Net, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), options)
     return race(runs, options.epochs, batches, [(test_images, test_labels)])
 
 

@@ -57,7 +57,7 @@ def windows(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> list[Run]:
-    options = arguments(__doc__.splitlines()[0], epochs=10, argv=argv)
+    options = arguments(__doc__.splitlines()[0], epochs=8, argv=argv)
     text = library_source()
     train, test = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     held_out = [windows(test, s) for s in torch.linspace(0, len(test) - LENGTH - 1, 32).long().split(BATCH)]

@@ -12,11 +12,10 @@ transformer = pytest.importorskip("transformer")
 
 
 def test_cnn(capsys):
-    stock, fast = cnn.main(["--epochs", "4"])
+    stock, fast = cnn.main(["--epochs", "3"])
     assert stock.name == "stock" and fast.name == "fastnn"
-    assert stock.losses[:20] == pytest.approx(fast.losses[:20], abs=1e-5), "the first steps differ by rounding only"
-    assert stock.losses == pytest.approx(fast.losses, abs=2e-2)
-    assert fast.accuracy > 0.9 and fast.losses[-1] < 0.5
+    assert stock.losses == pytest.approx(fast.losses, abs=1e-4), "the curves differ by rounding only"
+    assert fast.accuracy > 0.5 and fast.losses[-1] < fast.losses[0]
     assert "largest difference" in capsys.readouterr().out
 
 
