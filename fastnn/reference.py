@@ -78,6 +78,8 @@ def conv2d(
     z = z[:, :0] if input.shape[-3] == 0 else z  # torch gives no channels where it gets none
     z = activate(z, activation).to(input.dtype)
     return z if input.dim() == 4 else z[0]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -186,7 +188,11 @@ def vjp_of_vjp(
         grads = torch.autograd.grad(
             [y for y, _ in pairs], [xs[i] for i in chosen], [g for _, g in pairs], create_graph=True, allow_unused=True
         )
-        live = [(grad, grad_grads[i]) for grad, i in zip(grads, chosen, strict=True) if grad is not None and grad.requires_grad]
+        live = [
+            (grad, grad_grads[i])
+            for grad, i in zip(grads, chosen, strict=True)
+            if grad is not None and grad.requires_grad
+        ]
         targets = [t for t in (*gs, *xs) if t is not None and t.requires_grad]  # no masks of bool
         found = (
             torch.autograd.grad(
@@ -210,7 +216,9 @@ def _alias(x: Tensor | None) -> Tensor | None:
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
 
 
-def rnn_step(x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], mode: str) -> tuple[Tensor, Tensor | None]:
+def rnn_step(
+    x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], mode: str
+) -> tuple[Tensor, Tensor | None]:
     """One step of a recurrent layer: x ``[B, I]``, h ``[B, P]``, c ``[B, H]`` (LSTM) to the next h and c.
 
     ``weights`` is ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.

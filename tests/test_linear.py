@@ -44,8 +44,12 @@ def test_every_activation(isa, activation, dtype):
 
 @pytest.mark.parametrize("activation", testing.ACTIVATIONS)
 def test_activation_at_extremes(activation):
-    z = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-6, 3.0, -3.0, 6.0, 20.0, 20.5, -20.0, 88.0, -88.0, -104.0, 1e4, -1e4])
-    z = torch.cat([z, torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -3e38]), torch.linspace(-12, 12, 4001)])
+    z = torch.tensor(
+        [0.0, -0.0, 1e-30, -1e-30, 1e-6, 3.0, -3.0, 6.0, 20.0, 20.5, -20.0, 88.0, -88.0, -104.0, 1e4, -1e4]
+    )
+    z = torch.cat(
+        [z, torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38, -3e38]), torch.linspace(-12, 12, 4001)]
+    )
     one = torch.ones(1, 1)
     for isa in ISAS:
         with testing.forced_isa(isa):
@@ -96,10 +100,8 @@ def test_empty():
         x, w, b = torch.randn(shape, requires_grad=True), torch.randn(n, shape[-1], requires_grad=True), torch.randn(n)
         ours, stock = linear(x, w, b), F.linear(x, w, b)
         assert torch.equal(ours, stock)
-        for ours, stock in zip(
-            torch.autograd.grad(ours.sum(), (x, w)), torch.autograd.grad(stock.sum(), (x, w)), strict=True
-        ):
-            assert torch.equal(ours, stock)
+        grads = (torch.autograd.grad(y.sum(), (x, w)) for y in (ours, stock))
+        assert all(torch.equal(one, want) for one, want in zip(*grads, strict=True))
 
 
 def test_bias_of_one_element_is_broadcast():
@@ -222,7 +224,9 @@ def test_opinfo_samples():
             torch.testing.assert_close(ours, stock)
             leaves = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor) and t.requires_grad]
             grad = torch.randn_like(stock)
-            for a, b in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(stock, leaves, grad), strict=True):
+            for a, b in zip(
+                torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(stock, leaves, grad), strict=True
+            ):
                 torch.testing.assert_close(a, b)
 
 

@@ -76,7 +76,11 @@ def check(args, stock=None, c=16.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_module_against_torch_and_float64(kind, dtype):
-    for bidirectional, batch_first, bias, layers in ((False, False, True, 1), (True, False, False, 2), (True, True, True, 2)):
+    for bidirectional, batch_first, bias, layers in (
+        (False, False, True, 1),
+        (True, False, False, 2),
+        (True, True, True, 2),
+    ):
         torch.manual_seed(0)
         kwargs = dict(num_layers=layers, bidirectional=bidirectional, batch_first=batch_first, bias=bias)
         stock, own = modules(kind, 13, 19, dtype, **kwargs)
@@ -142,7 +146,12 @@ def test_exact_on_small_integers(isa, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_of_every_variant(kind, isa):
     with testing.forced_isa(isa):
-        for steps, batch, inputs, hidden, directions in ((1, 1, 3, 2, 1), (4, 7, 9, 17, 2), (9, 2, 17, 8, 1), (2, 13, 5, 33, 2)):
+        for steps, batch, inputs, hidden, directions in (
+            (1, 1, 3, 2, 1),
+            (4, 7, 9, 17, 2),
+            (9, 2, 17, 8, 1),
+            (2, 13, 5, 33, 2),
+        ):
             torch.manual_seed(0)
             args = to(layer(kind, steps, batch, inputs, hidden, directions=directions), torch.float32)
             exact = to(args, torch.float64)
@@ -190,7 +199,12 @@ def test_packed_sequence(kind, enforce_sorted):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_on_any_number_of_threads(kind):
-    for steps, batch, inputs, hidden, directions in ((12, 1, 40, 200, 1), (5, 37, 24, 96, 2), (6, 64, 16, 32, 1), (3, 13, 64, 160, 2)):
+    for steps, batch, inputs, hidden, directions in (
+        (12, 1, 40, 200, 1),
+        (5, 37, 24, 96, 2),
+        (6, 64, 16, 32, 1),
+        (3, 13, 64, 160, 2),
+    ):
         torch.manual_seed(0)
         args = layer(kind, steps, batch, inputs, hidden, torch.float32, directions)
         for t in leaves(args):
@@ -225,7 +239,12 @@ def test_guard_pages(kind, isa, side):
     with testing.forced_isa(isa), testing.guarded_outputs(side):
         for (steps, batch, inputs, hidden), dtype in itertools.product(shapes, DTYPES):
             x, sizes, hx, cx, weights, mode = layer(kind, steps, batch, inputs, hidden, dtype, 2)
-            args = (testing.guarded(x, side), sizes, testing.guarded(hx, side), cx if cx is None else testing.guarded(cx, side))
+            args = (
+                testing.guarded(x, side),
+                sizes,
+                testing.guarded(hx, side),
+                cx if cx is None else testing.guarded(cx, side),
+            )
             args = (*args, [testing.guarded(w, side) for w in weights], mode)
             for t in leaves(args):
                 t.requires_grad_()
@@ -354,10 +373,17 @@ def test_cells(kind):
         oracle = tensors(exact(x.double(), tuple(wide) if kind == "LSTM" else wide[0]))
         for a, b, z in zip(tensors(stock(x, state)), tensors(own(x, state)), oracle, strict=True):
             testing.assert_close_to_oracle(b, z, z.abs() + 1, a if dtype.itemsize > 2 else None, name=f"{kind} {dtype}")
-        assert torch.equal(tensors(own(x))[0], tensors(own(x, tuple(t * 0 for t in wide_like(state, own, x))))[0]
-                           if kind == "LSTM" else own(x, torch.zeros_like(state)))
+        assert torch.equal(
+            tensors(own(x))[0],
+            tensors(own(x, tuple(t * 0 for t in wide_like(state, own, x))))[0]
+            if kind == "LSTM"
+            else own(x, torch.zeros_like(state)),
+        )
         if dtype == torch.float64:
-            grads = [torch.autograd.grad(sum(t.sin().sum() for t in tensors(m(x, state))), [x, *m.parameters()]) for m in (stock, own)]
+            grads = [
+                torch.autograd.grad(sum(t.sin().sum() for t in tensors(m(x, state))), [x, *m.parameters()])
+                for m in (stock, own)
+            ]
             for a, b in zip(*grads, strict=True):
                 torch.testing.assert_close(b, a)
         for a, b in zip(tensors(own(x[0])), tensors(own(x[:1])), strict=True):
@@ -448,7 +474,12 @@ def test_layouts(layout):
         dense = x.detach().contiguous().requires_grad_()
         a, b = own(x)[0], own(dense)[0]
         assert torch.equal(a, b)
-        assert torch.equal(*(torch.autograd.grad(y, t, testing.laid_out(torch.ones_like(y), layout))[0] for y, t in ((a, x), (b, dense))))
+        assert torch.equal(
+            *(
+                torch.autograd.grad(y, t, testing.laid_out(torch.ones_like(y), layout))[0]
+                for y, t in ((a, x), (b, dense))
+            )
+        )
 
 
 def test_errors():
@@ -475,16 +506,28 @@ def test_errors():
             with pytest.raises(expected.type):
                 own(*args)
     with pytest.raises(ValueError, match="mode must be one of"):
-        torch.ops.fastnn.rnn(torch.randn(2, 1, 3), None, torch.zeros(1, 1, 4), None, [torch.randn(4, 3), torch.randn(4, 4)], "ELU")
+        torch.ops.fastnn.rnn(
+            torch.randn(2, 1, 3), None, torch.zeros(1, 1, 4), None, [torch.randn(4, 3), torch.randn(4, 4)], "ELU"
+        )
     good = layer("GRU", 3, 2, 4, 5)
-    for position, value in ((0, torch.randn(3, 2, 9)), (2, torch.zeros(1, 3, 5)), (4, good[4][:1]), (3, good[2]), (1, torch.tensor([1, 2]))):
+    for position, value in (
+        (0, torch.randn(3, 2, 9)),
+        (2, torch.zeros(1, 3, 5)),
+        (4, good[4][:1]),
+        (3, good[2]),
+        (1, torch.tensor([1, 2])),
+    ):
         args = list(good)
         args[position] = value
         with pytest.raises(RuntimeError, match=r"fastnn\.rnn: "):
             torch.ops.fastnn.rnn(*args)
     for sizes in ([3, 2], [1, 4], [5, 0]):
         with pytest.raises(RuntimeError, match="batch_sizes must be"):
-            torch.ops.fastnn.rnn(torch.randn(5, 4), torch.tensor(sizes), torch.zeros(1, sizes[0], 5), None, good[4], "GRU") if sizes != [3, 2] else torch.ops.fastnn.rnn(torch.randn(6, 4), torch.tensor(sizes), torch.zeros(1, 3, 5), None, good[4], "GRU")
+            torch.ops.fastnn.rnn(
+                torch.randn(5, 4), torch.tensor(sizes), torch.zeros(1, sizes[0], 5), None, good[4], "GRU"
+            ) if sizes != [3, 2] else torch.ops.fastnn.rnn(
+                torch.randn(6, 4), torch.tensor(sizes), torch.zeros(1, 3, 5), None, good[4], "GRU"
+            )
 
 
 def test_fallback_to_torch():
@@ -512,7 +555,9 @@ def test_module_info_samples():
         if own_class is None or not info.name.startswith("nn.") or "RNN" not in info.name + str(own_class.__mro__):
             continue
         for dtype, training in ((torch.float32, True), (torch.float64, False)):
-            for sample in info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training):
+            for sample in info.module_inputs_func(
+                info, device="cpu", dtype=dtype, requires_grad=True, training=training
+            ):
                 c, f = sample.constructor_input, sample.forward_input
                 stock = info.module_cls(*c.args, **c.kwargs).to(dtype)
                 own = own_class(*c.args, **c.kwargs).to(dtype)
@@ -520,7 +565,10 @@ def test_module_info_samples():
                 a, b = tensors(stock(*f.args, **f.kwargs)), tensors(own(*f.args, **f.kwargs))
                 for y, z in zip(a, b, strict=True):
                     torch.testing.assert_close(z, y)
-                grads = [torch.autograd.grad(sum(y.sum() for y in ys), list(m.parameters())) for ys, m in ((a, stock), (b, own))]
+                grads = [
+                    torch.autograd.grad(sum(y.sum() for y in ys), list(m.parameters()))
+                    for ys, m in ((a, stock), (b, own))
+                ]
                 for y, z in zip(*grads, strict=True):
                     torch.testing.assert_close(z, y)
                 done += 1

@@ -21,7 +21,7 @@ std::optional<Conv2dAlgorithm> forced_algorithm;  // by tests
 
 // A checked call: input with four dimensions, shape of the problem. padding is top, bottom, left, right.
 struct Problem {
-  Tensor input;   // [N, C, H, W]
+  Tensor input;         // [N, C, H, W]
   OptionalTensor bias;  // [K], contiguous
   bool batched;
   Conv2dShape shape;
@@ -52,8 +52,8 @@ Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   s.dilation_h = dilation[0], s.dilation_w = dilation[1];
   FASTNN_CHECK(s.K > 0 && s.K % groups == 0, "weight must have a positive multiple of groups = ", groups,
                " output channels; got ", weight.sizes());
-  FASTNN_CHECK(s.C == weight.size(1) * groups, "input must have ", weight.size(1) * groups,
-               " channels (weight is ", weight.sizes(), ", groups = ", groups, "); got ", input.sizes());
+  FASTNN_CHECK(s.C == weight.size(1) * groups, "input must have ", weight.size(1) * groups, " channels (weight is ",
+               weight.sizes(), ", groups = ", groups, "); got ", input.sizes());
   FASTNN_CHECK(s.R > 0 && s.S > 0, "weight must have a kernel size above zero; got ", weight.sizes());
   FASTNN_CHECK((s.H > 0 && s.W > 0) || s.N == 0 || s.C == 0,
                "input must not be empty but for its batch or channels; got ", input.sizes());
@@ -79,7 +79,7 @@ Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 Conv2dAlgorithm choose(const Conv2dShape& s) {
   if (!forced_algorithm) return conv2d_algorithm(s);
   return *forced_algorithm == Conv2dAlgorithm::Pointwise && !s.pointwise() ? Conv2dAlgorithm::Implicit
-                                                                          : *forced_algorithm;
+                                                                           : *forced_algorithm;
 }
 
 ImageStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
@@ -95,7 +95,8 @@ Tensor lay_out(const Tensor& input, const Conv2dShape& s, at::MemoryFormat forma
 }
 
 void check_packed(const Tensor& packed, const Tensor& weight) {
-  TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == (weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+  TORCH_CHECK(packed.is_contiguous() &&
+                  packed.scalar_type() == (weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
               "fastnn.conv2d: packed must be what conv2d_pack made of this weight; got ", packed.scalar_type(), ".");
 }
 
@@ -148,7 +149,8 @@ std::tuple<Tensor, Tensor> conv2d_train_cpu(const Tensor& input, const Tensor& w
                                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                             int64_t groups, Name activation) {
   Tensor pre_activation;
-  Tensor output = forward(input, weight, bias, stride, padding, dilation, groups, activation, std::nullopt, &pre_activation);
+  Tensor output =
+      forward(input, weight, bias, stride, padding, dilation, groups, activation, std::nullopt, &pre_activation);
   return {std::move(output), std::move(pre_activation)};
 }
 
@@ -228,7 +230,8 @@ Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups, bool channels_last)
   Conv2dParams p = pack_params(weight.sizes(), *dtype_of(weight), groups, channels_last);
   p.weight = weight.const_data_ptr();
   p.weight_strides = strides_of(weight);
-  Tensor packed = at::empty(packed_shape(p), weight.options().dtype(p.dtype == DType::Float64 ? at::kDouble : at::kFloat));
+  Tensor packed =
+      at::empty(packed_shape(p), weight.options().dtype(p.dtype == DType::Float64 ? at::kDouble : at::kFloat));
   if (packed.numel() > 0) cpu::conv2d_pack(p, packed.mutable_data_ptr());
   return packed;
 }
@@ -263,7 +266,8 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
       output = conv2d_op().call(input, weight, bias, stride, padding, dilation, groups, activation, std::nullopt);
       if (a != Activation::None) saved = output;
     } else {
-      std::tie(output, saved) = conv2d_train_op().call(input, weight, bias, stride, padding, dilation, groups, activation);
+      std::tie(output, saved) =
+          conv2d_train_op().call(input, weight, bias, stride, padding, dilation, groups, activation);
     }
     ctx->save_for_backward({input, weight, bias.value_or(Tensor()), saved});
     ctx->saved_data["stride"] = stride.vec();

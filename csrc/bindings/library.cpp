@@ -39,8 +39,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_probe(m);
   bind_testing(m);
   m.def("cpu_isas", cpu_isas, "ISAs whose kernels this CPU can run, the best last.");
-  m.def("cpu_isa", [] { return std::string(cpu::kIsaNames[static_cast<int>(cpu::current_isa())]); },
-        "The ISA whose kernels run.");
+  m.def(
+      "cpu_isa", [] { return std::string(cpu::kIsaNames[static_cast<int>(cpu::current_isa())]); },
+      "The ISA whose kernels run.");
   m.def("_set_cpu_isa", set_cpu_isa, py::arg("name"), "Force the kernels of one ISA (tests).");
 }
 

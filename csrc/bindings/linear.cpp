@@ -15,8 +15,8 @@ using Name = std::optional<std::string_view>;
 
 // input as a matrix, the shape of the output, and the problem's sizes.
 struct Problem {
-  Tensor input;  // [M, K]
-  Tensor weight;  // [N, K]
+  Tensor input;         // [M, K]
+  Tensor weight;        // [N, K]
   OptionalTensor bias;  // [N], contiguous
   std::vector<int64_t> output_shape;
   int64_t M, N, K;
@@ -50,8 +50,9 @@ Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 
 void check_packed(const Tensor& packed, const Tensor& weight, int64_t N, int64_t K) {
   const int64_t size = cpu::linear_packed_size(*dtype_of(weight), N, K);
-  TORCH_CHECK(packed.numel() == size, "fastnn.linear: packed must be what linear_pack made of this weight under this ISA (",
-              size, " elements); got ", packed.numel(), ".");
+  TORCH_CHECK(packed.numel() == size,
+              "fastnn.linear: packed must be what linear_pack made of this weight under this ISA (", size,
+              " elements); got ", packed.numel(), ".");
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Name activation,
@@ -135,8 +136,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& grad_output
 }
 
 Tensor linear_pack_cpu(const Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2 && dtype_of(weight), "fastnn.linear_pack: weight must be [out_features, in_features] of "
-              "float32, float64, bfloat16 or float16; got ", weight.scalar_type(), " ", weight.sizes(), ".");
+  TORCH_CHECK(weight.dim() == 2 && dtype_of(weight),
+              "fastnn.linear_pack: weight must be [out_features, in_features] of "
+              "float32, float64, bfloat16 or float16; got ",
+              weight.scalar_type(), " ", weight.sizes(), ".");
   LinearPack p;
   p.dtype = *dtype_of(weight);
   p.N = weight.size(0), p.K = weight.size(1);
@@ -152,7 +155,8 @@ Tensor linear_pack_cpu(const Tensor& weight) {
 // ---- autograd ------------------------------------------------------------------------------------------------------
 
 const auto& linear_op() {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::linear", "").typed<decltype(linear_cpu)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::linear", "").typed<decltype(linear_cpu)>();
   return op;
 }
 const auto& linear_train_op() {
@@ -194,7 +198,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const Name activation = text.empty() ? Name() : Name(text);
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       bias.has_value() && ctx->needs_input_grad(2)};
-    const auto call = [&] { return linear_backward_op().call(grads[0], saved[0], saved[1], bias, kept, activation, mask); };
+    const auto call = [&] {
+      return linear_backward_op().call(grads[0], saved[0], saved[1], bias, kept, activation, mask);
+    };
     if (at::GradMode::is_enabled()) {  // create_graph: through Autograd, whose formula is in reference.py
       auto [grad_input, grad_weight, grad_bias] = call();
       return {grad_input, grad_weight, grad_bias, Tensor()};

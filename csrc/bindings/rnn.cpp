@@ -18,8 +18,8 @@ using Mode = std::string_view;
 struct Problem {
   RnnParams params;
   Tensors held;
-  int gates, reserved, each;          // `each`: weights of one direction
-  bool step, biased, projected;       // step: input is [B, I], one step of a cell
+  int gates, reserved, each;     // `each`: weights of one direction
+  bool step, biased, projected;  // step: input is [B, I], one step of a cell
   std::vector<int64_t> output_shape;
 
   const void* hold(const Tensor& t) {
@@ -40,11 +40,14 @@ Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tens
   const RnnModeRow* row = nullptr;
   for (const RnnModeRow& known : kRnnModes)
     if (mode == known.name) row = &known;
-  TORCH_CHECK_VALUE(row, "fastnn.rnn: mode must be one of RNN_TANH, RNN_RELU, LSTM, GRU; got '", std::string(mode), "'.");
+  TORCH_CHECK_VALUE(row, "fastnn.rnn: mode must be one of RNN_TANH, RNN_RELU, LSTM, GRU; got '", std::string(mode),
+                    "'.");
   p.mode = row->mode, q.gates = row->gates, q.reserved = row->reserved;
   const bool packed = batch_sizes && batch_sizes->defined(), lstm = p.mode == RnnMode::Lstm;
-  TORCH_CHECK(input.dim() == 2 || (input.dim() == 3 && !packed), "fastnn.rnn: input must be [steps, batch, input_size], "
-              "[batch, input_size] for one step, or [rows, input_size] with batch_sizes; got ", input.sizes(), ".");
+  TORCH_CHECK(input.dim() == 2 || (input.dim() == 3 && !packed),
+              "fastnn.rnn: input must be [steps, batch, input_size], "
+              "[batch, input_size] for one step, or [rows, input_size] with batch_sizes; got ",
+              input.sizes(), ".");
   const std::optional<DType> dtype = dtype_of(input);
   TORCH_CHECK(dtype, "fastnn.rnn: input must be float32, float64, bfloat16 or float16; got ", input.scalar_type(), ".");
   q.step = input.dim() == 2 && !packed;
@@ -52,7 +55,8 @@ Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tens
               ", state_size]; got ", hx.sizes(), ".");
   p.dtype = *dtype, p.threads = num_threads();
   p.directions = q.step ? 1 : static_cast<int>(hx.size(0));
-  TORCH_CHECK(p.directions == 1 || p.directions == 2, "fastnn.rnn: hx must have 1 or 2 directions; got ", hx.sizes(), ".");
+  TORCH_CHECK(p.directions == 1 || p.directions == 2, "fastnn.rnn: hx must have 1 or 2 directions; got ", hx.sizes(),
+              ".");
   q.each = static_cast<int>(weights.size()) / p.directions;
   TORCH_CHECK(weights.size() % p.directions == 0 && q.each >= 2 && q.each <= 5,
               "fastnn.rnn: weights must be weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] for each of ",
@@ -69,8 +73,8 @@ Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tens
   p.steps = q.step ? 1 : input.size(0), p.batch = input.size(-2);
   if (packed) {
     TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(),
-                "fastnn.rnn: batch_sizes must be a one-dimensional int64 tensor on the CPU; got ", batch_sizes->scalar_type(),
-                " ", batch_sizes->sizes(), " on ", batch_sizes->device(), ".");
+                "fastnn.rnn: batch_sizes must be a one-dimensional int64 tensor on the CPU; got ",
+                batch_sizes->scalar_type(), " ", batch_sizes->sizes(), " on ", batch_sizes->device(), ".");
     p.batch_sizes = static_cast<const int64_t*>(q.hold(*batch_sizes));
     p.steps = batch_sizes->numel(), p.batch = p.steps ? p.batch_sizes[0] : 0;
     int64_t rows = 0, least = 1;
@@ -78,8 +82,10 @@ Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tens
       least = p.batch_sizes[t] > last ? 0 : std::min(least, p.batch_sizes[t]);
       rows += p.batch_sizes[t];
     }
-    TORCH_CHECK(least >= 1 && rows == input.size(0), "fastnn.rnn: batch_sizes must be positive, not increasing, and sum to "
-                "the rows of input (", input.size(0), "); got a sum of ", rows, ".");
+    TORCH_CHECK(least >= 1 && rows == input.size(0),
+                "fastnn.rnn: batch_sizes must be positive, not increasing, and sum to "
+                "the rows of input (",
+                input.size(0), "); got a sum of ", rows, ".");
   }
   TORCH_CHECK(p.steps > 0, "fastnn.rnn: input must have a sequence length larger than 0; got ", input.sizes(), ".");
   p.rows = packed ? input.size(0) : p.steps * p.batch;
@@ -124,7 +130,8 @@ Tensor compute_empty(at::IntArrayRef shape, const Tensor& input) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx,
-                                           const OptionalTensor& cx, at::TensorList weights, Mode mode, Tensor* reserve) {
+                                           const OptionalTensor& cx, at::TensorList weights, Mode mode,
+                                           Tensor* reserve) {
   Problem q = check(input, batch_sizes, hx, cx, weights, mode);
   RnnParams& p = q.params;
   Tensor output = at::empty(q.output_shape, input.options());
@@ -155,9 +162,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_train_cpu(const Tensor& input, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors> rnn_backward_cpu(
-    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n, const Tensor& input,
-    const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx, at::TensorList weights,
-    const Tensor& output, const Tensor& reserve, Mode mode, std::array<bool, 4> output_mask) {
+    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
+    const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx,
+    at::TensorList weights, const Tensor& output, const Tensor& reserve, Mode mode, std::array<bool, 4> output_mask) {
   Problem q = check(input, batch_sizes, hx, cx, weights, mode);
   RnnBackwardParams b{q.params};
   const RnnParams& p = b.forward;
@@ -246,18 +253,20 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
                                       cx && ctx->needs_input_grad(state + 1), any};
     const std::string mode = ctx->saved_data["mode"].toStringRef();
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
-    if (!at::GradMode::is_enabled()) guard.emplace();  // create_graph: through Autograd, whose formula is in reference.py
+    if (!at::GradMode::is_enabled())
+      guard.emplace();  // create_graph: through Autograd, whose formula is in reference.py
     auto [grad_input, grad_hx, grad_cx, grad_weights] =
-        rnn_backward_op().call(defined_only(grads[0]), defined_only(grads[1]), defined_only(grads[2]), saved[0], batch_sizes,
-                               saved[2], cx, weights, saved[4], saved[5], mode, mask);
+        rnn_backward_op().call(defined_only(grads[0]), defined_only(grads[1]), defined_only(grads[2]), saved[0],
+                               batch_sizes, saved[2], cx, weights, saved[4], saved[5], mode, mask);
     result[0] = grad_input, result[2] = grad_hx, result[3] = grad_cx;
     for (size_t i = 0; i < grad_weights.size(); ++i) result[4 + i] = grad_weights[i];
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx,
-                                                const OptionalTensor& cx, at::TensorList weights, Mode mode) {
+std::tuple<Tensor, Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTensor& batch_sizes,
+                                                const Tensor& hx, const OptionalTensor& cx, at::TensorList weights,
+                                                Mode mode) {
   if (at::GradMode::is_enabled()) {
     bool wanted = input.requires_grad() || hx.requires_grad() || (cx && cx->requires_grad());
     for (const Tensor& w : weights) wanted |= w.requires_grad();
@@ -271,8 +280,8 @@ std::tuple<Tensor, Tensor, Tensor> rnn_autograd(const Tensor& input, const Optio
 }
 
 // Python's way in: None where no kernel takes these arguments. A cell is one step: input [batch, input_size].
-py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py::handle cx, const py::sequence& weights,
-                     py::handle mode) {
+py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py::handle cx,
+                     const py::sequence& weights, py::handle mode) {
   if (!plain(input) || !plain(hx) || !plain(cx)) return py::none();
   const Tensor &x = tensor_argument("rnn", "input", input), &h = tensor_argument("rnn", "hx", hx);
   const OptionalTensor sizes = optional_tensor_argument("rnn", "batch_sizes", batch_sizes);
@@ -291,19 +300,23 @@ py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py
     py::gil_scoped_release no_gil;
     y = rnn_op().call(x, sizes, h, c, list, name.value_or(""));
   }
-  return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<1>(std::move(y))), wrap(std::get<2>(std::move(y))));
+  return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<1>(std::move(y))),
+                        wrap(std::get<2>(std::move(y))));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  m.def("rnn(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode) -> "
-        "(Tensor output, Tensor h_n, Tensor c_n)");
-  m.def("rnn_train(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode) -> "
-        "(Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)");
-  m.def("rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, "
-        "Tensor hx, Tensor? cx, Tensor[] weights, Tensor output, Tensor reserve, str mode, bool[4] output_mask) -> "
-        "(Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)");
+  m.def(
+      "rnn(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode) -> "
+      "(Tensor output, Tensor h_n, Tensor c_n)");
+  m.def(
+      "rnn_train(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode) -> "
+      "(Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)");
+  m.def(
+      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, "
+      "Tensor hx, Tensor? cx, Tensor[] weights, Tensor output, Tensor reserve, str mode, bool[4] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)");
 }
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("rnn", rnn_cpu);

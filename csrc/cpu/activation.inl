@@ -45,7 +45,7 @@ FASTNN_INLINE Vec<float> vexp(Vec<float> x) {
 
 FASTNN_INLINE Vec<float> vtanh(Vec<float> x) {
   const Vec<float> t = vabs<float>(x), s = x * x;
-  constexpr float p[] = {-0.3333333317f,  0.1333330356f,   -0.05395925958f,
+  constexpr float p[] = {-0.3333333317f, 0.1333330356f,    -0.05395925958f,
                          0.02176891865f, -0.008343945516f, 0.002292744816f};
   const Vec<float> near = fma(x * s, horner(s, p), x);
   const Vec<float> far = copysign<float>(1.0f - 2.0f / (vexp(t + t) + 1.0f), x);
@@ -54,9 +54,9 @@ FASTNN_INLINE Vec<float> vtanh(Vec<float> x) {
 
 FASTNN_INLINE Vec<float> verf(Vec<float> x) {
   const Vec<float> t = vabs<float>(x), s = x * x;
-  constexpr float small[] = {1.128379167f,   -0.3761263847f,   0.112837825f,    -0.02686543073f,
+  constexpr float small[] = {1.128379167f,    -0.3761263847f,    0.112837825f,     -0.02686543073f,
                              0.005221031808f, -0.0008484080406f, 0.0001126595903f, -9.667044571e-6f};
-  constexpr float big[] = {1.128792814f,     0.6346172552f,   0.1070225145f,   -0.02433230555f, 0.003835511331f,
+  constexpr float big[] = {1.128792814f,      0.6346172552f,    0.1070225145f,   -0.02433230555f, 0.003835511331f,
                            -0.0003316854473f, -1.584388446e-6f, 3.236754584e-6f, -2.166180444e-7f};
   const Vec<float> near = x * horner(s, small);
   const Vec<float> u = vmin(splat(4.0f), t);  // erf(4) rounds to 1
@@ -170,8 +170,7 @@ template <class F>
 FASTNN_INLINE void with_activation(Activation activation, const F& f) {
   switch (activation) {
 #define FASTNN_CASE(A) \
-  case Activation::A:  \
-    return f(std::integral_constant<Activation, Activation::A>{});
+  case Activation::A: return f(std::integral_constant<Activation, Activation::A>{});
     FASTNN_CASE(None)
     FASTNN_CASE(Relu)
     FASTNN_CASE(Gelu)

@@ -83,8 +83,7 @@ struct DirectNchw {
   // The padded block of output rows y0 … y1.
   void fill(int64_t image, int64_t group, int64_t y0, int64_t y1, C* block) const {
     for (int64_t c = 0; c < p.in; ++c) {
-      const T* source =
-          p.source + image * p.source_strides.image + (group * p.in + c) * p.source_strides.channel;
+      const T* source = p.source + image * p.source_strides.image + (group * p.in + c) * p.source_strides.channel;
       C* to = block + c * plane;
       const int64_t first = y0 * p.step_h + box.y0, count = (y1 - 1 - y0) * p.step_h + box.y1 - box.y0 + 1;
       for (int64_t y = first; y < first + count; ++y, to += row) {
@@ -160,8 +159,7 @@ void conv2d_direct_nchw(const Conv2dPass<T>& p) {
   std::atomic<int64_t> next{0};
   parallel(worth_threads(p.threads, p.flops(), 0), [&](int, int) {
     Scratch<Compute<T>> block(kernel.block_size());
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < kernel.tasks();)
-      kernel.run(task, block);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < kernel.tasks();) kernel.run(task, block);
   });
 }
 
@@ -181,8 +179,7 @@ void pack_direct_nhwc(const Conv2dPass<T>& p, Compute<T>* to) {
     for (int64_t c = 0; c < p.in; ++c) {
       const T* from = p.weight + p.taps[t].weight + c * p.weight_in;
       for (int64_t group = 0; group < p.groups; ++group)
-        for (int64_t k = 0; k < p.out; ++k)
-          *to++ = load_one(from + group * p.weight_group + k * p.weight_out);
+        for (int64_t k = 0; k < p.out; ++k) *to++ = load_one(from + group * p.weight_group + k * p.weight_out);
       for (int64_t k = channels; k % L; ++k) *to++ = Compute<T>(0);
     }
 }
@@ -348,8 +345,7 @@ struct DirectNhwc {
           acc[i][j] = fma(w[j], whole ? load(x) : load_first(x, cols), acc[i][j]);
         }
     }
-    store_rows<T, PIXELS, VECTORS>(acc, p, cols, 1,
-                                   [&](int i) { return at + i * p.target_strides.column + k; });
+    store_rows<T, PIXELS, VECTORS>(acc, p, cols, 1, [&](int i) { return at + i * p.target_strides.column + k; });
   }
 };
 

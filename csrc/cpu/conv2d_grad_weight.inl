@@ -263,7 +263,7 @@ struct DirectGradWeightNchw {
   const Conv2dGradWeight<T>& g;
   const Conv2dPass<T>& p;
   const DirectNchw<T> geometry;
-  int64_t width;     // of a row of grad, whole vectors
+  int64_t width;  // of a row of grad, whole vectors
   bool row_pairs;
 
   explicit DirectGradWeightNchw(const Conv2dGradWeight<T>& grad) : g(grad), p(grad.p), geometry(grad.p, nullptr) {
@@ -281,8 +281,7 @@ struct DirectGradWeightNchw {
         const int64_t y1 = std::min(y0 + geometry.band, p.OH);
         geometry.fill(image, group, y0, y1, block);
         for (int64_t k = 0; k < p.out; ++k) {
-          const T* from =
-              g.grad + image * p.target_strides.image + (group * p.out + k) * p.target_strides.channel;
+          const T* from = g.grad + image * p.target_strides.image + (group * p.out + k) * p.target_strides.channel;
           for (int64_t y = y0; y < y1; ++y) {
             C* to = rows + (y - y0) * width;
             copy_run(to, from + y * p.target_strides.row, p.OW);
@@ -380,8 +379,7 @@ struct DirectGradWeightNhwc {
       }
     for (int64_t k = first; k < last; ++k)
       for (int64_t t = 0; t < p.tap_count; ++t)
-        for (int64_t c = 0; c < p.in; ++c)
-          g.put(k / p.out, k % p.out, c, t, sums[(t * p.in + c) * chunk + k - first]);
+        for (int64_t c = 0; c < p.in; ++c) g.put(k / p.out, k % p.out, c, t, sums[(t * p.in + c) * chunk + k - first]);
   }
 
   template <int TAPS>

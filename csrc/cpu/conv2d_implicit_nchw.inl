@@ -186,7 +186,8 @@ struct ImplicitNchw {
     const bool one_block = channels >= p.in;
     Scratch<C> packed(panel_size * (last - first) + NR);
     Scratch<C> sums(one_block ? 0 : (m_end - m_begin) * width);
-    Scratch<Piece> pieces(in_rows && p.N == 1 ? 0 : most_pieces(p.tap_count, std::min<int64_t>(NR, runs_of_panel()), NR, NR));
+    Scratch<Piece> pieces(
+        in_rows && p.N == 1 ? 0 : most_pieces(p.tap_count, std::min<int64_t>(NR, runs_of_panel()), NR, NR));
     const int64_t MB = std::max<int64_t>(131072 / (channels * p.tap_count * int64_t(sizeof(C))) / kTileRows, 1);
     const EvenRows tiles(m_end - m_begin);
 
@@ -266,7 +267,8 @@ struct ImplicitNchw {
   }
 
   template <int ROWS, int VECTORS>
-  __attribute__((noinline)) void scatter(Vec<C> (&acc)[ROWS][VECTORS], int64_t channel, const PixelPanel<C>& place) const {
+  __attribute__((noinline)) void scatter(Vec<C> (&acc)[ROWS][VECTORS], int64_t channel,
+                                         const PixelPanel<C>& place) const {
     const ImageStrides& st = p.target_strides;
     alignas(64) C buffer[ROWS * NR];
     for (int i = 0; i < ROWS; ++i)

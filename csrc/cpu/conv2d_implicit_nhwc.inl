@@ -68,7 +68,7 @@ struct ImplicitNhwc {
   const C* zeros;  // a pixel of padding
   C* bias;         // [groups][panels * NR]
   int64_t pixels, tiles, per_block, blocks, panels, splits;
-  bool gathered;   // rows are copied, one segment of taps * in
+  bool gathered;  // rows are copied, one segment of taps * in
   Scratch<TapRun> runs;
   int64_t run_count = 0;
 

@@ -18,8 +18,8 @@ namespace fastnn::cpu::FASTNN_ISA {
 inline constexpr int kTileRows = FASTNN_VECTOR_REGISTERS == 32 ? 8 : 6;
 
 struct Tap {
-  int64_t dy, dx;   // source pixel = (y * step_h + dy, x * step_w + dx)
-  int64_t weight;   // offset of its weight, elements
+  int64_t dy, dx;  // source pixel = (y * step_h + dy, x * step_w + dx)
+  int64_t weight;  // offset of its weight, elements
 };
 
 // T: storage type. Channels are those of one group; strides are in elements.
@@ -29,19 +29,19 @@ struct Conv2dPass {
   const T* source;
   const T* source_end;  // past the last element: vector loads stop here
   ImageStrides source_strides;
-  int64_t H, W;         // of the source
+  int64_t H, W;  // of the source
   T* target;
-  T* pre_activation;    // null, or a second target with the same strides
+  T* pre_activation;  // null, or a second target with the same strides
   ImageStrides target_strides;
-  int64_t OH, OW;       // of the grid
+  int64_t OH, OW;  // of the grid
   int64_t step_h, step_w;
   int64_t N, groups, in, out;
   const Tap* taps;
   int64_t tap_count;
   const T* weight;
   int64_t weight_group, weight_out, weight_in;  // strides
-  const C* packed;      // null, or what the kernel's pack function wrote
-  const T* bias;        // [groups * out] or null
+  const C* packed;                              // null, or what the kernel's pack function wrote
+  const T* bias;                                // [groups * out] or null
   Activation activation;
   int threads;
 
@@ -222,8 +222,7 @@ FASTNN_INLINE void store_rows(Vec<Compute<T>> (&acc)[ROWS][VECTORS], const Conv2
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; ++j)
-          store(p.target + place(i) + j * L, vmin(high, vmax(low, acc[i][j])));
+        for (int j = 0; j < VECTORS; ++j) store(p.target + place(i) + j * L, vmin(high, vmax(low, acc[i][j])));
       return;
     }
   }

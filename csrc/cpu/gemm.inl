@@ -119,8 +119,8 @@ struct StridedA {
   const C* panel(int64_t m0, int64_t rows, int64_t k0, int64_t depth, C* scratch) const {
     constexpr int MR = kMR<C>;
     for (int64_t m = 0; m < rows; m += MR)
-      pack_panel<MR>(data + (m0 + m) * row_stride + k0 * k_stride, row_stride, k_stride, std::min<int64_t>(MR, rows - m),
-                     depth, scratch + m * depth);
+      pack_panel<MR>(data + (m0 + m) * row_stride + k0 * k_stride, row_stride, k_stride,
+                     std::min<int64_t>(MR, rows - m), depth, scratch + m * depth);
     return scratch;
   }
 };
@@ -297,8 +297,8 @@ inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place) {
   Blocking s;
   s.KC = depth_of_block<C>(K);
   const int64_t depth = std::max<int64_t>(s.KC, 1);
-  s.MC = std::max<int64_t>(262144 / (depth * sizeof(C)) / MR * MR, MR);           // half of a 512 KiB L2
-  s.NC = std::max<int64_t>(4194304 / (depth * sizeof(C)) / NR * NR, NR);          // some MiB of L3
+  s.MC = std::max<int64_t>(262144 / (depth * sizeof(C)) / MR * MR, MR);   // half of a 512 KiB L2
+  s.NC = std::max<int64_t>(4194304 / (depth * sizeof(C)) / NR * NR, NR);  // some MiB of L3
   s.MC = std::min(s.MC, (M + MR - 1) / MR * MR);
   s.MS = M;
   s.keep_b = M > s.MC;

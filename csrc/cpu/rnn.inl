@@ -21,10 +21,10 @@ namespace fastnn::cpu::FASTNN_ISA {
 template <class C, int G>
 struct RnnForward {
   static constexpr int L = kLanes<C>;
-  static constexpr int NV = G == 1 ? 2 : G;            // vectors in a panel
-  static constexpr int SLOTS = G == 1 ? 2 : 4;         // vectors of z for a panel
-  static constexpr int UNITS = G == 1 ? 2 * L : L;     // units of a panel
-  static constexpr int PNV = 2, PUNITS = 2 * L;        // of the projection
+  static constexpr int NV = G == 1 ? 2 : G;         // vectors in a panel
+  static constexpr int SLOTS = G == 1 ? 2 : 4;      // vectors of z for a panel
+  static constexpr int UNITS = G == 1 ? 2 * L : L;  // units of a panel
+  static constexpr int PNV = 2, PUNITS = 2 * L;     // of the projection
 
   const RnnParams& p;
   const int64_t H = p.hidden_size, P = p.state_size, I = p.input_size, B = p.batch;
@@ -64,12 +64,13 @@ struct RnnForward {
     const auto share_of = [&](int rank, int ranks) {
       return rnn_share(p, G, project ? kRnnRows<PNV> : kRnnRows<NV>, panels, rank, ranks);
     };
-    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, share_of(1, 2).idle, [&](int d, int rank, int ranks) {
-      prepare(d, rank, ranks);
-      if (ranks > 1) sides[d].barrier.wait(ranks);
-      const RnnShare mine = share_of(rank, ranks);
-      if (!mine.idle) sequence(d, mine);
-    });
+    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, share_of(1, 2).idle,
+                 [&](int d, int rank, int ranks) {
+                   prepare(d, rank, ranks);
+                   if (ranks > 1) sides[d].barrier.wait(ranks);
+                   const RnnShare mine = share_of(rank, ranks);
+                   if (!mine.idle) sequence(d, mine);
+                 });
   }
 
   // Packs this thread's share of the weights and biases, and lays out the initial state.
@@ -79,7 +80,8 @@ struct RnnForward {
     const Range r = share(panels, 1, rank, ranks);
     for (int64_t n = r.begin; n < r.end; ++n) {
       int64_t row[NV], lanes[NV];
-      for (int v = 0; v < NV; ++v) row[v] = gate(v) * H + unit(n, v), lanes[v] = std::clamp<int64_t>(H - unit(n, v), 0, L);
+      for (int v = 0; v < NV; ++v)
+        row[v] = gate(v) * H + unit(n, v), lanes[v] = std::clamp<int64_t>(H - unit(n, v), 0, L);
       if (packs) {
         rnn_pack_panel(p.dtype, w.weight_ih, I, NV, row, lanes, I, s.w_ih + n * NV * L * I);
         rnn_pack_panel(p.dtype, w.weight_hh, P, NV, row, lanes, P, s.w_hh + n * NV * L * P);
@@ -135,8 +137,8 @@ struct RnnForward {
       if (!STEP)
         for (int64_t i = 0; i < rows; ++i) std::memcpy(z + i * z_stride, s.bias + n * SLOTS * L, SLOTS * L * sizeof(C));
       for (int v = 0; v < NV && unit(n, v) < H; ++v)
-        rnn_dots<C>(p.dtype, of(w, (gate(v) * H + unit(n, v)) * depth), depth, std::min<int64_t>(H - unit(n, v), L), depth,
-                    rows, a, z + (STEP && G == 3 && v == 2 ? 3 : v) * L, z_stride, true);
+        rnn_dots<C>(p.dtype, of(w, (gate(v) * H + unit(n, v)) * depth), depth, std::min<int64_t>(H - unit(n, v), L),
+                    depth, rows, a, z + (STEP && G == 3 && v == 2 ? 3 : v) * L, z_stride, true);
     }
   }
 
@@ -258,12 +260,11 @@ struct RnnForward {
     for (int64_t n = own.begin; n < own.end; ++n) {
       C* h = h_next + row * Ps + n * PUNITS;
       if (packs) {
-        if (count > 0)
-          rnn_product<C, PNV, 1, true, RnnSum::Set>(count, H, a, s.w_hr + n * PUNITS * H, h, Ps, nullptr);
+        if (count > 0) rnn_product<C, PNV, 1, true, RnnSum::Set>(count, H, a, s.w_hr + n * PUNITS * H, h, Ps, nullptr);
       } else {
         for (int64_t u = n * PUNITS, v = 0; v < PNV && u < P; ++v, u += L)
-          rnn_dots<C>(p.dtype, of(p.weights[d].weight_hr, u * H), H, std::min<int64_t>(P - u, L), H, count, a, h + v * L,
-                      Ps, false);
+          rnn_dots<C>(p.dtype, of(p.weights[d].weight_hr, u * H), H, std::min<int64_t>(P - u, L), H, count, a,
+                      h + v * L, Ps, false);
       }
     }
     emit(d, t, row, count, leave, own.begin * PUNITS, std::min(own.end * PUNITS, P), h_next);
@@ -284,9 +285,8 @@ void rnn_with_type(DType dtype, RnnMode mode, const F& f) {
 
 inline void rnn_forward(const RnnParams& params) {
   if (params.rows == 0) return;
-  rnn_with_type(params.dtype, params.mode, [&](auto c, auto gates) {
-    RnnForward<decltype(c), decltype(gates)::value>{params}.run();
-  });
+  rnn_with_type(params.dtype, params.mode,
+                [&](auto c, auto gates) { RnnForward<decltype(c), decltype(gates)::value>{params}.run(); });
 }
 
 }  // namespace fastnn::cpu::FASTNN_ISA

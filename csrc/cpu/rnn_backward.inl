@@ -94,10 +94,10 @@ struct RnnBackward {
   const C *grad_output = nullptr, *output = nullptr, *hx = nullptr, *cx = nullptr;
 
   struct Direction {
-    C *w_hh, *w_hr;       // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
-    C *dh, *dm, *dc;      // [B][Ps], [B][Hs], [B][Hs]
-    C *dz, *dhp, *m;      // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
-    const C** h_last;     // [R] rows of the state before
+    C *w_hh, *w_hr;    // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
+    C *dh, *dm, *dc;   // [B][Ps], [B][Hs], [B][Hs]
+    C *dz, *dhp, *m;   // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
+    const C** h_last;  // [R] rows of the state before
     Barrier barrier;
   };
   Direction sides[2] = {};
@@ -118,8 +118,14 @@ struct RnnBackward {
   void run() {
     grad_output = wide(b.grad_output, R * ld, wide_grad), output = wide(p.output, R * ld, wide_output);
     hx = wide(p.hx, D * B * P, wide_hx), cx = wide(p.cx, D * B * H, wide_cx);
-    const int64_t sizes[] = {ppanels * UNITS * G * H, project ? panels * UNITS * P : 0, B * Ps, project ? B * Hs : 0,
-                             G == 4 ? B * Hs : 0, R * W, project ? R * P : 0, project ? R * H : 0};
+    const int64_t sizes[] = {ppanels * UNITS * G * H,
+                             project ? panels * UNITS * P : 0,
+                             B * Ps,
+                             project ? B * Hs : 0,
+                             G == 4 ? B * Hs : 0,
+                             R * W,
+                             project ? R * P : 0,
+                             project ? R * H : 0};
     int64_t each = 0;
     for (int64_t size : sizes) each += (size + 15) / 16 * 16;
     Scratch<C> memory(each * p.directions);
@@ -133,12 +139,13 @@ struct RnnBackward {
     }
     const double flops = 2.0 * p.directions * R * H * (G * P + (project ? P : 0));
     const auto share_of = [&](int rank, int ranks) { return rnn_share(p, G, kRnnRows<2>, ppanels, rank, ranks); };
-    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, share_of(1, 2).idle, [&](int d, int rank, int ranks) {
-      prepare(d, rank, ranks);
-      if (ranks > 1) sides[d].barrier.wait(ranks);
-      const RnnShare mine = share_of(rank, ranks);
-      if (!mine.idle) sequence(d, mine);
-    });
+    rnn_parallel(worth_threads(p.threads, flops, 0), p.directions, share_of(1, 2).idle,
+                 [&](int d, int rank, int ranks) {
+                   prepare(d, rank, ranks);
+                   if (ranks > 1) sides[d].barrier.wait(ranks);
+                   const RnnShare mine = share_of(rank, ranks);
+                   if (!mine.idle) sequence(d, mine);
+                 });
     finish(tables + D * R, tables + (D + 1) * R);
   }
 
@@ -178,8 +185,8 @@ struct RnnBackward {
     if (count <= 0) return;
     for (int64_t i = 0; i < count; ++i) a[i] = s.dz + (at.first(t) + mine.row_begin + i) * W;
     for (int64_t n = own.begin; n < own.end; ++n)
-      rnn_product<C, 2, 1, true, G == 3 ? RnnSum::Add : RnnSum::Set>(count, G * H, a, s.w_hh + n * UNITS * G * H,
-                                                                     s.dh + mine.row_begin * Ps + n * UNITS, Ps, nullptr);
+      rnn_product<C, 2, 1, true, G == 3 ? RnnSum::Add : RnnSum::Set>(
+          count, G * H, a, s.w_hh + n * UNITS * G * H, s.dh + mine.row_begin * Ps + n * UNITS, Ps, nullptr);
   }
 
   void sequence(int d, const RnnShare& mine) {
@@ -195,14 +202,13 @@ struct RnnBackward {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = at.first(t) + begin + i;
           const C* grad = grad_output ? grad_output + row * ld + d * P : nullptr;
-          for (int64_t u = from; u < to; ++u)
-            s.dhp[row * P + u] = s.dh[(begin + i) * Ps + u] + (grad ? grad[u] : C(0));
+          for (int64_t u = from; u < to; ++u) s.dhp[row * P + u] = s.dh[(begin + i) * Ps + u] + (grad ? grad[u] : C(0));
           a[i] = s.dhp + row * P;
         }
         if (mine.parts > 1) s.barrier.wait(mine.parts);
         for (int64_t n = own.begin; count > 0 && n < own.end; ++n)
-          rnn_product<C, 2, 1, true, RnnSum::Set>(count, P, a, s.w_hr + n * UNITS * P, s.dm + begin * Hs + n * UNITS, Hs,
-                                                  nullptr);
+          rnn_product<C, 2, 1, true, RnnSum::Set>(count, P, a, s.w_hr + n * UNITS * P, s.dm + begin * Hs + n * UNITS,
+                                                  Hs, nullptr);
       }
       for (int64_t i = begin; i < begin + count; ++i)
         pointwise(s, d, t, i, own.begin * UNITS, std::min(own.end * UNITS, H));
@@ -336,9 +342,8 @@ struct RnnBackward {
 };
 
 inline void rnn_backward(const RnnBackwardParams& params) {
-  rnn_with_type(params.forward.dtype, params.forward.mode, [&](auto c, auto gates) {
-    RnnBackward<decltype(c), decltype(gates)::value>{params}.run();
-  });
+  rnn_with_type(params.forward.dtype, params.forward.mode,
+                [&](auto c, auto gates) { RnnBackward<decltype(c), decltype(gates)::value>{params}.run(); });
 }
 
 }  // namespace fastnn::cpu::FASTNN_ISA

@@ -15,7 +15,9 @@ inline constexpr int kRnnRows = (FASTNN_VECTOR_REGISTERS == 32 ? 24 : 12) / NV;
 
 // Sums of interleaved k that keep both FMA pipes busy when the tile alone has too few accumulators.
 template <int ROWS, int NV>
-inline constexpr int kRnnUnroll = ROWS * NV >= 8 ? 1 : ROWS * NV >= 4 ? 2 : 4;
+inline constexpr int kRnnUnroll = ROWS * NV >= 8   ? 1
+                                  : ROWS * NV >= 4 ? 2
+                                                   : 4;
 
 // acc[i][v] = sum over k of rows[i][k] * panel[k][v], as UNROLL sums over interleaved k.
 template <class C, int ROWS, int NV, int UNROLL>
@@ -73,11 +75,11 @@ FASTNN_INLINE void rnn_tile(int64_t depth, const C* const* rows, const C* __rest
 // Calls f(std::integral_constant<int, HEIGHT>) with the smallest compiled tile height that holds `rows` (1 … MOST).
 template <int MOST, class F>
 FASTNN_INLINE void with_height(int64_t rows, const F& f) {
-  if (MOST >= 2 && rows == 2) return f(std::integral_constant<int, MOST < 2 ? MOST : 2>{});
-  if (MOST >= 3 && rows == 3) return f(std::integral_constant<int, MOST < 3 ? MOST : 3>{});
-  if (MOST >= 4 && rows == 4) return f(std::integral_constant<int, MOST < 4 ? MOST : 4>{});
-  if (MOST >= 6 && (rows == 5 || rows == 6)) return f(std::integral_constant<int, MOST < 6 ? MOST : 6>{});
-  if (MOST >= 8 && (rows == 7 || rows == 8)) return f(std::integral_constant<int, MOST < 8 ? MOST : 8>{});
+  if (MOST >= 2 && rows == 2) return f(std::integral_constant < int, MOST<2 ? MOST : 2>{});
+  if (MOST >= 3 && rows == 3) return f(std::integral_constant < int, MOST<3 ? MOST : 3>{});
+  if (MOST >= 4 && rows == 4) return f(std::integral_constant < int, MOST<4 ? MOST : 4>{});
+  if (MOST >= 6 && (rows == 5 || rows == 6)) return f(std::integral_constant < int, MOST<6 ? MOST : 6>{});
+  if (MOST >= 8 && (rows == 7 || rows == 8)) return f(std::integral_constant < int, MOST<8 ? MOST : 8>{});
   if (rows > 8) return f(std::integral_constant<int, MOST>{});
   return f(std::integral_constant<int, 1>{});
 }
@@ -170,7 +172,8 @@ __attribute__((noinline)) void rnn_pack_panel(DType dtype, const void* from, int
         if (lanes[v] == L)
           for (; k + L <= end; k += L) pack_transposed<C>(rows + k, ld, dst + (k * count + v) * L, count * L);
         for (; k < end; ++k)
-          for (int64_t i = 0; i < L; ++i) dst[(k * count + v) * L + i] = i < lanes[v] ? load_one(rows + i * ld + k) : C(0);
+          for (int64_t i = 0; i < L; ++i)
+            dst[(k * count + v) * L + i] = i < lanes[v] ? load_one(rows + i * ld + k) : C(0);
       }
     }
   });
@@ -247,8 +250,8 @@ FASTNN_INLINE void rnn_dots_of(const T* const* row, int64_t depth, const C* cons
 
 // out[i * out_stride] (+)= those dots for each of `rows` vectors x, `lanes` rows of w; lanes beyond are undefined.
 template <class C>
-__attribute__((noinline)) void rnn_dots(DType dtype, const void* w, int64_t ld, int64_t lanes, int64_t depth, int64_t rows,
-                                        const C* const* x, C* out, int64_t out_stride, bool add) {
+__attribute__((noinline)) void rnn_dots(DType dtype, const void* w, int64_t ld, int64_t lanes, int64_t depth,
+                                        int64_t rows, const C* const* x, C* out, int64_t out_stride, bool add) {
   rnn_with_storage<C>(dtype, [&](auto t) {
     constexpr int L = kLanes<C>;
     const decltype(t)* row[L];

@@ -115,8 +115,7 @@ FASTNN_INLINE Half16 narrow_float16(Vec<float> x) {
   const Vec<uint32_t> bits = bitcast<Vec<uint32_t>>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   const Vec<uint32_t> normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   // Below 2^-14 the sum with 0.5 rounds at the spacing of float16's subnormals.
-  const Vec<uint32_t> tiny =
-      bitcast<Vec<uint32_t>>(bitcast<Vec<float>>(magnitude) + 0.5f) - bitcast<uint32_t>(0.5f);
+  const Vec<uint32_t> tiny = bitcast<Vec<uint32_t>>(bitcast<Vec<float>>(magnitude) + 0.5f) - bitcast<uint32_t>(0.5f);
   Vec<uint32_t> out = magnitude < 0x38800000u ? tiny : normal;
   out = magnitude >= 0x477ff000u ? splat<uint32_t>(0x7c00) : out;
   out = magnitude > 0x7f800000u ? splat<uint32_t>(0x7e00) : out;

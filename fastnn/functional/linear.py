@@ -11,7 +11,12 @@ from fastnn._library import _C
 
 
 def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, packed: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     r"""Apply a linear transformation and, fused with it, an activation.
 
@@ -52,13 +57,13 @@ def linear(
 
 def _check(input: Tensor, weight: Tensor) -> list[int]:
     """The shape of the output; the rules are those of ``check`` in csrc/bindings/linear.cpp."""
-    torch._check(
-        input.dim() >= 1, lambda: "fastnn.linear: input must have at least one dimension; got a scalar."
-    )
+    torch._check(input.dim() >= 1, lambda: "fastnn.linear: input must have at least one dimension; got a scalar.")
     torch._check(
         input.shape[-1] == weight.shape[-1],
-        lambda: f"fastnn.linear: input must have in_features = {weight.shape[-1]} (weight is {list(weight.shape)}) "
-        f"as its last dimension; got {list(input.shape)}.",
+        lambda: (
+            f"fastnn.linear: input must have in_features = {weight.shape[-1]} (weight is {list(weight.shape)}) "
+            f"as its last dimension; got {list(input.shape)}."
+        ),
     )
     for name, tensor in (("weight", weight),):
         torch._check(

@@ -81,7 +81,18 @@ def rnn(
         )
         if y is None:
             return _stack(
-                input, batch_sizes, hx, cx, weights, mode, has_biases, num_layers, dropout, train, bidirectional, batch_first
+                input,
+                batch_sizes,
+                hx,
+                cx,
+                weights,
+                mode,
+                has_biases,
+                num_layers,
+                dropout,
+                train,
+                bidirectional,
+                batch_first,
             )
         x = y[0]
         h_n.append(y[1])
@@ -94,7 +105,9 @@ def rnn(
     return x, join(h_n), None if cx is None else join(c_n)
 
 
-def _stack(input, batch_sizes, hx, cx, weights, mode, has_biases, num_layers, dropout, train, bidirectional, batch_first):
+def _stack(
+    input, batch_sizes, hx, cx, weights, mode, has_biases, num_layers, dropout, train, bidirectional, batch_first
+):
     """torch's own operator for the whole stack."""
     states = hx if cx is None else (hx, cx)
     rest = (list(weights), has_biases, num_layers, dropout, train, bidirectional)
@@ -117,7 +130,9 @@ def _cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode, stock):
     y = _layer(input, None, hx, cx, weights, mode)
     if y is None:
         states = hx if cx is None else (hx, cx)
-        return _fallback.fallback("rnn", (input, hx, cx, *weights), lambda: stock(input, states, w_ih, w_hh, b_ih, b_hh))
+        return _fallback.fallback(
+            "rnn", (input, hx, cx, *weights), lambda: stock(input, states, w_ih, w_hh, b_ih, b_hh)
+        )
     return y[0] if cx is None else (y[0], y[2])
 
 
@@ -204,8 +219,10 @@ def _check(input, batch_sizes, hx, cx, weights, mode):
     size = weights[0].shape[1]
     torch._check(
         input.shape[-1] == size,
-        lambda: f"fastnn.rnn: input must have input_size = {size} (weight_ih is {list(weights[0].shape)}) as its last "
-        f"dimension; got {list(input.shape)}.",
+        lambda: (
+            f"fastnn.rnn: input must have input_size = {size} (weight_ih is {list(weights[0].shape)}) as its last "
+            f"dimension; got {list(input.shape)}."
+        ),
     )
     for name, tensor in (("hx", hx), ("cx", cx), *(("weights", w) for w in weights)):
         torch._check(
@@ -229,7 +246,9 @@ def _(input, batch_sizes, hx, cx, weights, mode):
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     width = _RESERVED[mode] * (weights[0].shape[0] // _GATES[mode])
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return *_rnn_fake(input, batch_sizes, hx, cx, weights, mode), input.new_empty([directions, rows, width], dtype=dtype)
+    return *_rnn_fake(input, batch_sizes, hx, cx, weights, mode), input.new_empty(
+        [directions, rows, width], dtype=dtype
+    )
 
 
 @torch.library.register_fake("fastnn::rnn_backward")

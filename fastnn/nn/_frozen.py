@@ -70,7 +70,14 @@ class Fold:
     def tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the folded weight and bias: kept while no source changes, by autograd where a gradient is wanted."""
         parameters, buffers = self.norm._parameters, self.norm._buffers
-        given = [weight, bias, parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]]
+        given = [
+            weight,
+            bias,
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+        ]
         given = [t for t in given if t is not None]
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
             return self._compute(weight, bias, weight.dtype)

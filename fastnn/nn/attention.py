@@ -135,7 +135,9 @@ class MultiheadAttention(Frozen, nn.MultiheadAttention):
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            projected = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=False)]
+            projected = [
+                functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=False)
+            ]
         elif query is key and key is value:
             packed = self._packed(weight, torch.ops.fastnn.linear_pack) if self._frozen else None
             projected = functional.linear(query, weight, bias, packed=packed).chunk(3, -1)
@@ -145,7 +147,10 @@ class MultiheadAttention(Frozen, nn.MultiheadAttention):
             projected = (functional.linear(query, w_q, b_q), *functional.linear(key, w_kv, b_kv).chunk(2, -1))
         else:
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            projected = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=False)]
+            projected = [
+                functional.linear(x, w, b)
+                for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=False)
+            ]
         heads = (x if is_batched else x.unsqueeze(0) for x in projected)
         heads = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in heads)
         return tuple(x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3) for x in heads)

@@ -17,14 +17,14 @@ enum class Conv2dAlgorithm : int32_t { Pointwise, Implicit, Direct };
 inline constexpr const char* kConv2dAlgorithmNames[] = {"pointwise", "implicit", "direct"};
 
 struct Conv2dShape {
-  int64_t N, C, H, W;     // input
-  int64_t K, R, S;        // weight
-  int64_t OH, OW;         // output
+  int64_t N, C, H, W;  // input
+  int64_t K, R, S;     // weight
+  int64_t OH, OW;      // output
   int64_t groups;
   int64_t stride_h, stride_w;
   int64_t pad_top, pad_left;  // the bottom and right padding show in OH and OW only
   int64_t dilation_h, dilation_w;
-  bool channels_last;     // memory format of input (last stride 1 in channels), output and their gradients
+  bool channels_last;  // memory format of input (last stride 1 in channels), output and their gradients
 
   int64_t group_in() const { return C / groups; }
   int64_t group_out() const { return K / groups; }
@@ -51,14 +51,14 @@ struct Conv2dParams {
   Conv2dShape shape;
   Conv2dAlgorithm algorithm;
   Activation activation;
-  const void* input;          // [N, C, H, W], strides below
+  const void* input;  // [N, C, H, W], strides below
   ImageStrides input_strides;
-  const void* weight;         // [K, C / groups, R, S], strides below, any; not read when `packed` is given
+  const void* weight;           // [K, C / groups, R, S], strides below, any; not read when `packed` is given
   ImageStrides weight_strides;  // of k, c, r, s
-  const void* packed;         // null, or what conv2d_pack wrote for this shape, layout and ISA (compute type)
-  const void* bias;           // [K], stride 1, or null
-  void* output;               // [N, K, OH, OW], dense in the memory format of `channels_last`
-  void* pre_activation;       // null, or as output: the value before the activation, saved for the backward
+  const void* packed;           // null, or what conv2d_pack wrote for this shape, layout and ISA (compute type)
+  const void* bias;             // [K], stride 1, or null
+  void* output;                 // [N, K, OH, OW], dense in the memory format of `channels_last`
+  void* pre_activation;         // null, or as output: the value before the activation, saved for the backward
   int threads;
 };
 
@@ -66,15 +66,15 @@ struct Conv2dBackwardParams {
   DType dtype;
   Conv2dShape shape;
   Conv2dAlgorithm algorithm;
-  const void* grad_output;    // [N, K, OH, OW], dense in the memory format; the activation's derivative is already in it
-  const void* input;          // [N, C, H, W], strides below; read for grad_weight only
+  const void* grad_output;  // [N, K, OH, OW], dense in the memory format; the activation's derivative is already in it
+  const void* input;        // [N, C, H, W], strides below; read for grad_weight only
   ImageStrides input_strides;
-  const void* weight;         // [K, C / groups, R, S], strides below; read for grad_input only
+  const void* weight;  // [K, C / groups, R, S], strides below; read for grad_input only
   ImageStrides weight_strides;
-  void* grad_input;           // [N, C, H, W], dense in the memory format, or null
-  void* grad_weight;          // [K, C / groups, R, S], strides below, dense in some order, or null
+  void* grad_input;   // [N, C, H, W], dense in the memory format, or null
+  void* grad_weight;  // [K, C / groups, R, S], strides below, dense in some order, or null
   ImageStrides grad_weight_strides;
-  void* grad_bias;            // [K], or null
+  void* grad_bias;  // [K], or null
   int threads;
 };
 

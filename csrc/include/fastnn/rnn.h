@@ -44,32 +44,32 @@ struct RnnParams {
   DType dtype;
   RnnMode mode;
   int threads;
-  int directions;                        // 2: the second one runs backwards in time
-  int64_t steps, batch, rows;            // S, B, R
+  int directions;              // 2: the second one runs backwards in time
+  int64_t steps, batch, rows;  // S, B, R
   int64_t input_size, hidden_size, state_size;
   const int64_t* batch_sizes = nullptr;  // [S], not increasing: a packed sequence; null: B rows at each step
-  const void* input;                     // element (s, b, i) at s * stride_step + b * stride_batch + i; packed: row r at r * stride_batch
+  const void* input;  // element (s, b, i) at s * stride_step + b * stride_batch + i; packed: row r at r * stride_batch
   int64_t stride_step, stride_batch;
-  const void* hx;                        // [D, B, P]
-  const void* cx = nullptr;              // [D, B, H], LSTM only
+  const void* hx;            // [D, B, P]
+  const void* cx = nullptr;  // [D, B, H], LSTM only
   RnnWeights weights[2];
-  void* output;                          // [R, D·P]
-  void* h_n = nullptr;                   // [D, B, P] or null
-  void* c_n = nullptr;                   // [D, B, H], LSTM only
-  void* reserve = nullptr;               // [D, R, reserved·H] of compute type, or null: inference
+  void* output;             // [R, D·P]
+  void* h_n = nullptr;      // [D, B, P] or null
+  void* c_n = nullptr;      // [D, B, H], LSTM only
+  void* reserve = nullptr;  // [D, R, reserved·H] of compute type, or null: inference
 };
 
 struct RnnBackwardParams {
-  RnnParams forward;                     // h_n, c_n unused; output and reserve as training left them
-  const void* grad_output = nullptr;     // [R, D·P] or null: zero
-  const void* grad_h_n = nullptr;        // [D, B, P] or null: zero
-  const void* grad_c_n = nullptr;        // [D, B, H] or null: zero
-  void* grad_input = nullptr;            // [R, I] or null: not wanted
-  void* grad_hx = nullptr;               // [D, B, P] or null
-  void* grad_cx = nullptr;               // [D, B, H] or null
+  RnnParams forward;                  // h_n, c_n unused; output and reserve as training left them
+  const void* grad_output = nullptr;  // [R, D·P] or null: zero
+  const void* grad_h_n = nullptr;     // [D, B, P] or null: zero
+  const void* grad_c_n = nullptr;     // [D, B, H] or null: zero
+  void* grad_input = nullptr;         // [R, I] or null: not wanted
+  void* grad_hx = nullptr;            // [D, B, P] or null
+  void* grad_cx = nullptr;            // [D, B, H] or null
   struct {
     void *weight_ih = nullptr, *weight_hh = nullptr, *bias_ih = nullptr, *bias_hh = nullptr, *weight_hr = nullptr;
-  } grad_weights[2];                     // shapes of the weights, each null where not wanted
+  } grad_weights[2];  // shapes of the weights, each null where not wanted
 };
 
 namespace cpu {
