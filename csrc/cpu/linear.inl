@@ -130,6 +130,15 @@ void dot_block(int64_t rows, int64_t cols, int64_t K, const TX* x, int64_t x_row
 
 template <class T, class C>
 void linear_dot(const LinearForward& p, const RowMajorStore<T, C>& store_to) {
+  if (p.N == 1 && p.M > 1) {  // one output: a row of M outputs instead, with the operands in each other's place
+    LinearForward q = p;
+    std::swap(q.M, q.N);
+    std::swap(q.input, q.weight);
+    std::swap(q.input_row, q.weight_row);
+    Scratch<T> bias(p.bias ? p.M : 0);
+    if (p.bias) std::fill_n(bias.data(), p.M, *static_cast<const T*>(p.bias));
+    return linear_dot<T, C>(q, {store_to.output, p.M, bias, p.activation, store_to.preactivation});
+  }
   const T *x = static_cast<const T*>(p.input), *w = static_cast<const T*>(p.weight);
   const int threads = worth_threads(p.threads, 2.0 * p.M * p.N * p.K, 1.0 * sizeof(T) * (p.M + p.N) * p.K);
   const int64_t row_blocks = (p.M + kDotRows - 1) / kDotRows, col_blocks = (p.N + kDotCols - 1) / kDotCols;
