@@ -129,6 +129,15 @@ void dot_block(int64_t rows, int64_t cols, int64_t K, const TX* x, int64_t x_row
 }
 
 template <class T, class C>
+void widen_rows(const T* src, int64_t row_stride, int64_t rows, int64_t K, C* dst) {
+  for (int64_t i = 0; i < rows; ++i, src += row_stride, dst += K) {
+    int64_t k = 0;
+    for (; k + kLanes<C> <= K; k += kLanes<C>) store(dst + k, load(src + k));
+    for (; k < K; ++k) dst[k] = load_one(src + k);
+  }
+}
+
+template <class T, class C>
 void linear_dot(const LinearForward& p, const RowMajorStore<T, C>& store_to) {
   if (p.N == 1 && p.M > 1) {  // one output: a row of M outputs instead, with the operands in each other's place
     LinearForward q = p;
@@ -142,27 +151,26 @@ void linear_dot(const LinearForward& p, const RowMajorStore<T, C>& store_to) {
   const T *x = static_cast<const T*>(p.input), *w = static_cast<const T*>(p.weight);
   const int threads = worth_threads(p.threads, 2.0 * p.M * p.N * p.K, 1.0 * sizeof(T) * (p.M + p.N) * p.K);
   const int64_t row_blocks = (p.M + kDotRows - 1) / kDotRows, col_blocks = (p.N + kDotCols - 1) / kDotCols;
-  // 16-bit rows are widened once for the columns of a block sweep, not at each load of the inner loop.
-  const bool widen = !std::is_same_v<T, C> && p.N > 4 && p.M > 1;
+  // 16-bit operands are widened once where they are read more than once, not at each load of the inner loop: the rows of
+  // X for all columns of a block, those of W where the block has more than one tile of rows.
+  const bool widen_x = !std::is_same_v<T, C> && p.N > 4 && p.M > 1, widen_w = widen_x && p.M > 4;
   parallel(threads, [&](int thread, int running) {
-    Scratch<C> wide(widen ? std::min(kDotRows, p.M) * p.K : 0);
-    int64_t widened = -1;
+    Scratch<C> wide_x(widen_x ? std::min(kDotRows, p.M) * p.K : 0), wide_w(widen_w ? std::min(kDotCols, p.N) * p.K : 0);
+    int64_t widened_m = -1, widened_n = -1;
     const Range blocks = share(row_blocks * col_blocks, 1, thread, running);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t m = block / col_blocks * kDotRows, n = block % col_blocks * kDotCols;
       const int64_t rows = std::min(kDotRows, p.M - m), cols = std::min(kDotCols, p.N - n);
+      const T *x_block = x + m * p.input_row, *w_block = w + n * p.weight_row;
       alignas(64) C sums[kDotRows * kDotCols];
-      if (widen) {
-        if (widened != m)
-          for (int64_t i = 0; i < rows; ++i) {
-            int64_t k = 0;
-            for (; k + kLanes<C> <= p.K; k += kLanes<C>) store(wide + i * p.K + k, load(x + (m + i) * p.input_row + k));
-            for (; k < p.K; ++k) wide[i * p.K + k] = load_one(x + (m + i) * p.input_row + k);
-          }
-        widened = m;
-        dot_block(rows, cols, p.K, static_cast<const C*>(wide), p.K, w + n * p.weight_row, p.weight_row, sums);
+      if (widen_x && std::exchange(widened_m, m) != m) widen_rows(x_block, p.input_row, rows, p.K, wide_x.data());
+      if (widen_w && std::exchange(widened_n, n) != n) widen_rows(w_block, p.weight_row, cols, p.K, wide_w.data());
+      if (widen_w) {
+        dot_block(rows, cols, p.K, wide_x.data(), p.K, wide_w.data(), p.K, sums);
+      } else if (widen_x) {
+        dot_block(rows, cols, p.K, wide_x.data(), p.K, w_block, p.weight_row, sums);
       } else {
-        dot_block(rows, cols, p.K, x + m * p.input_row, p.input_row, w + n * p.weight_row, p.weight_row, sums);
+        dot_block(rows, cols, p.K, x_block, p.input_row, w_block, p.weight_row, sums);
       }
       constexpr int64_t L = kLanes<C>;
       for (int64_t i = 0; i < rows; ++i)  // lanes past the last column go through the activation: make them numbers
