@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 for threads in options.threads:
                     rows += table(family, problems, dtype, direction, threads, options, old)
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)  # a row a line: a run that is kept can be read and diffed
+        Path(options.json).write_text(f"[\n{lines}\n]\n")
     return rows
 
 
