@@ -9,8 +9,8 @@
 // weight gradient and an implicit-GEMM convolution are the same driver.
 //
 // The order of summation of an element depends on K alone: results are equal for every number of threads.
-// Bound by the FMA units once M >= MR. With B packed in the call, 1024^3 on one core of a shared Zen 3 reached 69-89 GFLOP/s
-// of the 104 probed, 128x3072x768 67-83. Asking for the tile of C ahead of the micro-kernel gained nothing.
+// Bound by the FMA units once M >= MR. With B packed in the call, 1024^3 on one core of a shared Zen 3 reached 69-89
+// GFLOP/s of the 104 probed, 128x3072x768 67-83. Asking for the tile of C ahead of the micro-kernel gained nothing.
 #pragma once
 
 #include "cpu/vec.h"
