@@ -37,9 +37,9 @@ lint: $(READY)
 
 # The tests of the kernels again, with kernels that check each access: minutes to build, and several times slower.
 ASAN_TESTS := tests/test_testing.py tests/test_linear.py tests/test_conv2d.py tests/test_rnn.py tests/test_attention.py
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 test-asan: $(READY)
-	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
+	FASTNN_CXXFLAGS="$(SANITIZE)" LDFLAGS="-fsanitize=address,undefined" \
 	    $(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$(CURDIR)/build/asan/lib" \

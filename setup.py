@@ -1,6 +1,8 @@
 """Build of fastnn's extension: one table of sources, one list of flags. Metadata is in pyproject.toml."""
 
+import os
 import platform
+import shlex
 from pathlib import Path
 
 from setuptools import setup
@@ -37,6 +39,7 @@ FLAGS = [
     "-Wno-psabi",  # vectors are passed between inlined functions only
     "-Wno-ignored-attributes",
     "-Wno-unknown-pragmas",
+    *shlex.split(os.environ.get("FASTNN_CXXFLAGS", "")),  # last, so that it may change the optimisation level
 ]
 
 setup(
