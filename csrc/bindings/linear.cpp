@@ -148,6 +148,7 @@ Tensor linear_pack_cpu(const Tensor& weight) {
   p.weight = weight.const_data_ptr();
   p.weight_row = weight.stride(0), p.weight_col = weight.stride(1);
   p.packed = packed.mutable_data_ptr();
+  p.threads = num_threads();
   cpu::linear_pack(p);
   return packed;
 }

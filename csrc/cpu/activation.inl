@@ -198,8 +198,8 @@ __attribute__((noinline)) void activate_in_place(Activation activation, C* data,
 }
 
 // out[i] = grad[i] · f'(saved[i]) over `count` elements of any number.
-template <class T>
-__attribute__((noinline)) void activate_backward_row(Activation activation, const T* grad, const T* saved, T* out,
+template <class T, class O>
+__attribute__((noinline)) void activate_backward_row(Activation activation, const T* grad, const T* saved, O* out,
                                                      int64_t count) {
   using C = Compute<T>;
   constexpr int L = kLanes<C>;

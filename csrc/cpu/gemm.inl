@@ -52,20 +52,21 @@ FASTNN_INLINE void transpose_in_place(Vec<C>* r) {
   }
 }
 
-// Transposes a lanes x lanes block of rows[i][0..lanes) into dst[k * width + i].
-template <class C, class T>
+// Transposes a ROWS x lanes block of rows[i][0..lanes) into dst[k * width + i]; whole vectors are stored.
+template <class C, int ROWS = kLanes<C>, class T>
 FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, C* dst, int64_t width) {
   constexpr int L = kLanes<C>;
   Vec<C> r[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) r[i] = load(src + i * row_stride);
+  for (int i = 0; i < L; ++i) r[i] = i < ROWS ? load(src + i * row_stride) : zero<C>();
   transpose_in_place<C>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) store(dst + i * width, r[i]);
 }
 
 // Packs `rows` (<= WIDTH) rows of a strided matrix, X[row, k] = src[row * row_stride + k * k_stride], into
-// dst[k * WIDTH + row]; missing rows become zero. Either stride may be anything; unit strides are fast.
+// dst[k * WIDTH + row]; missing rows become zero. Either stride may be anything; unit strides are fast. A panel narrower
+// than a vector is written by vectors that overlap: up to a vector past its end, so panels are packed in their order.
 template <int WIDTH, class C, class T>
 inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t depth, C* dst) {
   constexpr int L = kLanes<C>;
@@ -83,6 +84,13 @@ inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64
     return;
   }
   int64_t row = 0;
+  if (WIDTH < L && rows == WIDTH && k_stride == 1) {
+    int64_t k = 0;
+    for (; k + L <= depth; k += L) pack_transposed<C, WIDTH>(src + k, row_stride, dst + k * WIDTH, WIDTH);
+    for (; k < depth; ++k)
+      for (int i = 0; i < WIDTH; ++i) dst[k * WIDTH + i] = load_one(src + i * row_stride + k);
+    return;
+  }
   if (k_stride == 1) {
     for (; row + L <= rows; row += L) {
       const T* block = src + row * row_stride;
@@ -112,55 +120,95 @@ inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64
       for (int64_t i = rows; i < WIDTH; ++i) dst[k * WIDTH + i] = C(0);
 }
 
-// A strided matrix X[row, k] as the driver's A: panels of MR rows, each [depth][MR], one after the other.
+// Rows split into tiles of at most MR, as evenly as can be: 8 is 4 + 4, since a tile of two rows waits for its own FMAs.
+template <class C>
+struct RowTiles {
+  int64_t rows, count;
+  explicit RowTiles(int64_t m) : rows(m), count((m + kMR<C> - 1) / kMR<C>) {}
+  int64_t begin(int64_t tile) const { return rows * tile / count; }
+};
+
+// A strided matrix X[row, k] as the driver's A: panels of RowTiles, each [depth][MR], one after the other.
 template <class C, class T>
 struct StridedA {
   const T* data;
   int64_t row_stride, k_stride;
   const C* panel(int64_t m0, int64_t rows, int64_t k0, int64_t depth, C* scratch) const {
-    constexpr int MR = kMR<C>;
-    for (int64_t m = 0; m < rows; m += MR)
-      pack_panel<MR>(data + (m0 + m) * row_stride + k0 * k_stride, row_stride, k_stride,
-                     std::min<int64_t>(MR, rows - m), depth, scratch + m * depth);
+    const RowTiles<C> tiles(rows);
+    for (int64_t t = 0; t < tiles.count; ++t)
+      pack_panel<kMR<C>>(data + (m0 + tiles.begin(t)) * row_stride + k0 * k_stride, row_stride, k_stride,
+                         tiles.begin(t + 1) - tiles.begin(t), depth, scratch + t * kMR<C> * depth);
     return scratch;
   }
 };
 
-// A strided matrix X[k, n] as the driver's B: one panel of NR columns, [depth][NR].
+// Asks for part `part` of `parts` of a strided block of memory, `lines` rows of `bytes`, to be in L2.
+FASTNN_INLINE void prefetch_part(const void* base, int64_t lines, int64_t stride_bytes, int64_t bytes, int64_t part,
+                                 int64_t parts) {
+  const int64_t of_line = (bytes + 63) / 64, count = lines * of_line;
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i)
+    __builtin_prefetch(static_cast<const char*>(base) + i / of_line * stride_bytes + i % of_line * 64, 0, 2);
+}
+
+// A strided matrix X[k, n] as the driver's B: panels of NR columns, each [depth][NR].
 template <class C, class T>
 struct StridedB {
   static constexpr bool kPrepacked = false;
   const T* data;
   int64_t k_stride, col_stride;
-  const C* panel(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* scratch) const {
-    pack_panel<kNR<C>>(data + n0 * col_stride + k0 * k_stride, col_stride, k_stride, cols, depth, scratch);
-    return scratch;
+  // Panels to pack at a time. Rows along N are read in runs of several: one panel's run would be a single cache line.
+  int group() const { return col_stride == 1 ? 4 : 1; }
+  void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* dst) const {
+    constexpr int64_t NR = kNR<C>, L = kLanes<C>;
+    const T* src = data + n0 * col_stride + k0 * k_stride;
+    int64_t n = 0;
+    if (col_stride == 1 && cols >= 2 * NR) {
+      const int64_t whole = cols / NR;
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t j = 0; j < whole; ++j) {
+          C* to = dst + (j * depth + k) * NR;
+          store(to, load(src + k * k_stride + j * NR));
+          store(to + L, load(src + k * k_stride + j * NR + L));
+        }
+      n = whole * NR;
+    }
+    for (; n < cols; n += NR)
+      pack_panel<kNR<C>>(src + n * col_stride, col_stride, k_stride, std::min(NR, cols - n), depth, dst + n * depth);
+  }
+  void prefetch(int64_t n0, int64_t cols, int64_t k0, int64_t depth, int64_t part, int64_t parts) const {
+    const T* src = data + n0 * col_stride + k0 * k_stride;
+    if (k_stride == 1) prefetch_part(src, cols, col_stride * sizeof(T), depth * sizeof(T), part, parts);
+    if (col_stride == 1) prefetch_part(src, depth, k_stride * sizeof(T), cols * sizeof(T), part, parts);
   }
 };
 
 // B packed before: K blocks of depth_of_block(K), in each all panels [depth][NR] in order. N is padded to NR.
 template <class C>
 struct PackedB {
-  static constexpr bool kPrepacked = true;  // panel() ignores its scratch
+  static constexpr bool kPrepacked = true;
   const C* data;
   int64_t N, K;
   static int64_t size(int64_t N, int64_t K) { return (N + kNR<C> - 1) / kNR<C> * kNR<C> * K; }
-  const C* panel(int64_t n0, int64_t, int64_t k0, int64_t depth, C*) const {
+  const C* panel(int64_t n0, int64_t k0, int64_t depth) const {
     const int64_t padded = (N + kNR<C> - 1) / kNR<C> * kNR<C>;
     return data + k0 * padded + n0 * depth;
   }
+  void prefetch(int64_t n0, int64_t cols, int64_t k0, int64_t depth, int64_t part, int64_t parts) const {
+    prefetch_part(panel(n0, k0, depth), 1, 0, (cols + kNR<C> - 1) / kNR<C> * kNR<C> * depth * sizeof(C), part, parts);
+  }
 };
 template <class C, class B>
-void pack_all(const B& b, int64_t N, int64_t K, C* dst) {
-  const int64_t KC = depth_of_block<C>(K);
-  for (int64_t k = 0; k < K; k += KC) {
-    const int64_t depth = std::min(KC, K - k);
-    for (int64_t n = 0; n < N; n += kNR<C>) {
-      const C* packed = b.panel(n, std::min<int64_t>(kNR<C>, N - n), k, depth, dst);
-      if (packed != dst) std::memcpy(dst, packed, sizeof(C) * depth * kNR<C>);
-      dst += depth * kNR<C>;
+void pack_all(const B& b, int64_t N, int64_t K, C* dst, int threads) {
+  constexpr int64_t NR = kNR<C>;
+  const int64_t KC = depth_of_block<C>(K), padded = (N + NR - 1) / NR * NR, group = b.group() * NR;
+  parallel(worth_threads(threads, 0, 1.0 * sizeof(C) * N * K), [&](int thread, int running) {
+    const Range columns = share(N, group, thread, running);
+    for (int64_t k = 0; k < K; k += KC) {
+      const int64_t depth = std::min(KC, K - k);
+      for (int64_t n = columns.begin; n < columns.end; n += group)
+        b.pack(n, std::min(group, N - n), k, depth, dst + k * padded + n * depth);
     }
-  }
+  });
 }
 
 // ---- micro-kernel --------------------------------------------------------------------------------------------------
@@ -293,14 +341,19 @@ struct Blocking {
   int64_t a_size, b_size, partial_size;
 };
 template <class C>
-inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place) {
-  constexpr int64_t MR = kMR<C>, NR = kNR<C>;
+inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place, int64_t group) {
+  constexpr int64_t MR = kMR<C>, NR = kNR<C>, L = kLanes<C>;
   Blocking s;
   s.KC = depth_of_block<C>(K);
   const int64_t depth = std::max<int64_t>(s.KC, 1);
-  s.MC = std::max<int64_t>(262144 / (depth * sizeof(C)) / MR * MR, MR);   // half of a 512 KiB L2
+  // A block of A: half of a 512 KiB L2 where that is all of A, else even blocks of less, so that caches that others use
+  // too do not lose it.
+  const int64_t blocks = M * depth * int64_t(sizeof(C)) <= 262144 ? 1 : M * depth * int64_t(sizeof(C)) / 163840 + 1;
+  s.MC = std::max<int64_t>(((M + blocks - 1) / blocks + MR - 1) / MR * MR, MR);
+  // All of B in L2: few rows at a time and all columns, so that C is written along its rows (a panel's way down the rows
+  // of a wide C meets a new page in each).
+  if (N * depth * int64_t(sizeof(C)) <= 196608) s.MC = std::min(s.MC, 4 * MR);
   s.NC = std::max<int64_t>(4194304 / (depth * sizeof(C)) / NR * NR, NR);  // some MiB of L3
-  s.MC = std::min(s.MC, (M + MR - 1) / MR * MR);
   s.MS = M;
   s.keep_b = M > s.MC;
   s.partial_size = 0;
@@ -310,20 +363,23 @@ inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place) {
   }
   s.NC = std::min(s.NC, (N + NR - 1) / NR * NR);
   if (!in_place && s.KC < K) s.partial_size = s.MS * s.NC;
-  s.a_size = s.MC * depth;
-  s.b_size = (s.keep_b ? s.NC : NR) * depth;
+  s.a_size = s.MC * depth + L;  // see pack_panel
+  s.b_size = (s.keep_b ? s.NC : std::min(group * NR, s.NC)) * depth;
   return s;
 }
 
-// Serial: the region [m_begin, m_end) x [n_begin, n_end) of C.
+// Serial: the region [m_begin, m_end) x [n_begin, n_end) of C. With `accumulate` (where the store is in place) the
+// product is added to what is there.
 template <class C, class A, class B, class Store>
 void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end, int64_t K, const A& a, const B& b,
-                 const Store& store_to) {
+                 const Store& store_to, bool accumulate) {
   constexpr int64_t MR = kMR<C>, NR = kNR<C>;
   if (m_begin >= m_end || n_begin >= n_end) return;
   int64_t c_stride = 0;
   const bool in_place = store_to.in_place(m_begin, n_begin, c_stride) != nullptr;
-  const Blocking s = blocking<C>(m_end - m_begin, n_end - n_begin, K, in_place);
+  int64_t group = 1;  // of panels of B
+  if constexpr (!B::kPrepacked) group = b.group();
+  const Blocking s = blocking<C>(m_end - m_begin, n_end - n_begin, K, in_place, group);
   Scratch<C> memory(s.a_size + s.b_size + s.partial_size);
   C *const a_block = memory, *const b_block = a_block + s.a_size, *const partial = b_block + s.b_size;
 
@@ -341,14 +397,25 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
             TilePlace<C> place;
             place.n = n;
             place.cols = std::min(NR, nc_end - n);
-            place.first = k == 0;
+            place.first = k == 0 && !accumulate;
             place.last = k + depth >= K;
-            C* const b_scratch = s.keep_b ? b_block + (n - nc) * depth : b_block;
-            const bool packed_already = s.keep_b && mc != ms && !B::kPrepacked;
-            const C* b_packed = packed_already ? b_scratch : b.panel(n, place.cols, k, depth, b_scratch);
-            for (int64_t m = mc; m < mc_end; m += MR) {
+            const C* b_packed;
+            if constexpr (B::kPrepacked) {
+              b_packed = b.panel(n, k, depth);
+            } else {
+              const int64_t in_group = (n - nc) / NR % group;
+              C* const b_at = b_block + (s.keep_b ? n - nc : in_group * NR) * depth;
+              if (in_group == 0 && (mc == ms || !s.keep_b)) b.pack(n, std::min(group * NR, nc_end - n), k, depth, b_at);
+              b_packed = b_at;
+            }
+            // While this panel's tiles are computed, the next one (or what it will be packed from) comes to L2.
+            const bool fetch = n + NR < nc_end && (B::kPrepacked || mc == ms || !s.keep_b);
+            const RowTiles<C> tiles(mc_end - mc);
+            for (int64_t t = 0; t < tiles.count; ++t) {
+              if (fetch) b.prefetch(n + NR, std::min(NR, nc_end - n - NR), k, depth, t, tiles.count);
+              const int64_t m = mc + tiles.begin(t);
               place.m = m;
-              place.rows = std::min(MR, mc_end - m);
+              place.rows = mc + tiles.begin(t + 1) - m;
               if (in_place) {
                 place.partial = store_to.in_place(m, n, c_stride);
                 place.partial_stride = c_stride;
@@ -359,7 +426,7 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
               with_rows<C>(place.rows, [&](auto height) {
                 constexpr int ROWS = decltype(height)::value;
                 Tile<C, ROWS> tile;
-                micro_kernel<C, ROWS>(depth, a_packed + (m - mc) * depth, b_packed, tile);
+                micro_kernel<C, ROWS>(depth, a_packed + t * MR * depth, b_packed, tile);
                 store_tile<C, ROWS>(tile, place, store_to);
               });
             }
@@ -373,7 +440,8 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
 
 // Splits C into a grid of one region a thread, as square as the panels to be packed ask for.
 template <class C, class A, class B, class Store>
-void gemm(int64_t M, int64_t N, int64_t K, const A& a, const B& b, const Store& store_to, int threads) {
+void gemm(int64_t M, int64_t N, int64_t K, const A& a, const B& b, const Store& store_to, int threads,
+          bool accumulate = false) {
   threads = worth_threads(threads, 2.0 * M * N * K, 1.0 * sizeof(C) * (M * K + N * K + M * N) / 4);
   parallel(threads, [&](int thread, int running) {
     // Each thread packs its own rows of A and columns of B, so the grid that packs least wins.
@@ -387,7 +455,7 @@ void gemm(int64_t M, int64_t N, int64_t K, const A& a, const B& b, const Store& 
     }
     const Range m = share(M, kMR<C>, thread % best, best);
     const Range n = share(N, kNR<C>, thread / best, running / best);
-    gemm_region<C>(m.begin, m.end, n.begin, n.end, K, a, b, store_to);
+    gemm_region<C>(m.begin, m.end, n.begin, n.end, K, a, b, store_to, accumulate);
   });
 }
 

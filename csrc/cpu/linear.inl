@@ -6,74 +6,28 @@
 //   packed  frozen weight: panels made before, the GEMM driver without its B packing.
 //   gemm    the GEMM driver of gemm.inl, W packed panel by panel inside the call. Bound by the FMA units.
 // Bias, activation and conversion happen on the tile, in registers or L1, before the one store.
-//
-// Backward: g = grad ⊙ f'(saved) once, then dX = g W and dW = gᵀ X on the same driver, db = column sums of g.
 #pragma once
 
-#include "cpu/activation.inl"
-#include "cpu/gemm.inl"
+#include "cpu/linear_backward.inl"
 #include "cpu/linear_kernels.h"
-#include "fastnn/linear.h"
+#include "cpu/linear_store.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-// The tile's way out, for any op whose C is a row-major matrix with a bias for each column.
-template <class T, class C>
-struct RowMajorStore {
-  T* output;
-  int64_t ld;  // row stride of output and preactivation
-  const T* bias;
-  Activation activation;
-  T* preactivation;
-
-  C* in_place(int64_t m, int64_t n, int64_t& stride) const {
-    if constexpr (!std::is_same_v<T, C>) return nullptr;
-    stride = ld;
-    return reinterpret_cast<C*>(output) + m * ld + n;
-  }
-
-  template <int ROWS>
-  FASTNN_INLINE bool direct(const TilePlace<C>& place, Tile<C, ROWS>& tile) const {
-    constexpr int L = kLanes<C>;
-    if (preactivation || (activation != Activation::None && activation != Activation::Relu)) return false;
-    const Vec<C> b0 = bias ? load(bias + place.n) : zero<C>(), b1 = bias ? load(bias + place.n + L) : zero<C>();
-    const bool relu = activation == Activation::Relu;
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      if (i >= place.rows) break;
-      Vec<C> y0 = tile.acc[i][0] + b0, y1 = tile.acc[i][1] + b1;
-      if (relu) y0 = activate<Activation::Relu, C>(y0), y1 = activate<Activation::Relu, C>(y1);
-      T* row = output + (place.m + i) * ld + place.n;
-      store(row, y0);
-      store(row + L, y1);
-    }
-    return true;
-  }
-
-  __attribute__((noinline)) void finish(const TilePlace<C>& place, C* tile) const {
-    finish_rows(place.m, place.rows, place.n, place.cols, tile, kNR<C>);
-  }
-
-  // tile[i * width + j], j < cols <= width, width a whole number of vectors.
-  void finish_rows(int64_t m, int64_t rows, int64_t n, int64_t cols, C* tile, int64_t width) const {
-    constexpr int L = kLanes<C>;
-    for (int64_t j = 0; j < cols; j += L) {
-      if (bias) {
-        const Vec<C> b = load_first(bias + n + j, cols - j);
-        for (int64_t i = 0; i < rows; ++i) store(tile + i * width + j, load(tile + i * width + j) + b);
-      }
-      if (preactivation)
-        for (int64_t i = 0; i < rows; ++i)
-          store_first(preactivation + (m + i) * ld + n + j, load(tile + i * width + j), cols - j);
-    }
-    if (activation != Activation::None) activate_in_place(activation, tile, rows * width);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; j += L)
-        store_first(output + (m + i) * ld + n + j, load(tile + i * width + j), cols - j);
-  }
-};
-
 // ---- dot -----------------------------------------------------------------------------------------------------------
+
+// Half of two vectors of consecutive elements. bfloat16 gives its even lanes, then its odd ones: a shift or a mask, where
+// elements in order take a shuffle too. Operands that were widened before lie in that order (widen_rows).
+template <int HALF>
+FASTNN_INLINE Vec<float> load_half(const BFloat16* p) {
+  Vec<uint32_t> both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return bitcast<Vec<float>>(HALF ? both & 0xffff0000u : both << 16);
+}
+template <int HALF, class T>
+FASTNN_INLINE Vec<Compute<T>> load_half(const T* p) {
+  return load(p + HALF * kLanes<Compute<T>>);
+}
 
 // sums[i * ld + j] = x[i] · w[j] over K, a ROWS x COLS tile of accumulators along K.
 template <int ROWS, int COLS, class TX, class T>
@@ -98,6 +52,11 @@ FASTNN_INLINE void dot_tile(int64_t K, const TX* x, int64_t x_row, const T* w, i
     }
   };
   int64_t k = 0;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (; k + 2 * L <= K; k += 2 * L) {
+      step(k, [](const auto* p) __attribute__((always_inline)) { return load_half<0>(p); });
+      step(k, [](const auto* p) __attribute__((always_inline)) { return load_half<1>(p); });
+    }
   for (; k + L <= K; k += L) step(k, [](const auto* p) __attribute__((always_inline)) { return load(p); });
   if (k < K) step(k, [=](const auto* p) __attribute__((always_inline)) { return load_first(p, K - k); });
 #pragma GCC unroll 16
@@ -113,26 +72,43 @@ inline constexpr int64_t kDotRows = 16, kDotCols = 64;  // the block of outputs 
 template <class TX, class T>
 void dot_block(int64_t rows, int64_t cols, int64_t K, const TX* x, int64_t x_row, const T* w, int64_t w_row,
                Compute<T>* sums) {
-  const auto sweep = [&](auto height, auto width, int64_t i) __attribute__((always_inline)) {
-    constexpr int R = decltype(height)::value, W = decltype(width)::value;
-    int64_t j = 0;
-    for (; j + W <= cols; j += W)
-      dot_tile<R, W>(K, x + i * x_row, x_row, w + j * w_row, w_row, sums + i * kDotCols + j, kDotCols);
-    for (; j < cols; ++j)
-      dot_tile<R, 1>(K, x + i * x_row, x_row, w + j * w_row, w_row, sums + i * kDotCols + j, kDotCols);
-  };
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) sweep(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{}, i);
-  if (rows - i == 3) sweep(std::integral_constant<int, 3>{}, std::integral_constant<int, 4>{}, i);
-  if (rows - i == 2) sweep(std::integral_constant<int, 2>{}, std::integral_constant<int, 4>{}, i);
-  if (rows - i == 1) sweep(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{}, i);
+  // Columns at a time: their rows of W stay in L2 for the next rows of X. A multiple of every tile's width.
+  const int64_t most =
+      rows <= 4 ? cols : std::max<int64_t>(131072 / (std::max<int64_t>(K, 1) * sizeof(T)) / 12 * 12, 12);
+  for (int64_t begin = 0; begin < cols; begin += most) {
+    const int64_t end = std::min(begin + most, cols);
+    for (int64_t i = 0, tiles = (rows + 3) / 4, tile = 0; tile < tiles; ++tile) {
+      const int64_t height = rows * (tile + 1) / tiles - i;
+      const auto sweep = [&](auto H, auto W) __attribute__((always_inline)) {
+        constexpr int ROWS = decltype(H)::value, COLS = decltype(W)::value;
+        int64_t j = begin;
+        for (; j + COLS <= end; j += COLS)
+          dot_tile<ROWS, COLS>(K, x + i * x_row, x_row, w + j * w_row, w_row, sums + i * kDotCols + j, kDotCols);
+        for (; j < end; ++j)
+          dot_tile<ROWS, 1>(K, x + i * x_row, x_row, w + j * w_row, w_row, sums + i * kDotCols + j, kDotCols);
+      };
+      switch (height) {
+        case 1: sweep(std::integral_constant<int, 1>{}, std::integral_constant<int, 8>{}); break;
+        case 2: sweep(std::integral_constant<int, 2>{}, std::integral_constant<int, 6>{}); break;
+        case 3: sweep(std::integral_constant<int, 3>{}, std::integral_constant<int, 4>{}); break;
+        default: sweep(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
+      }
+      i += height;
+    }
+  }
 }
 
 template <class T, class C>
 void widen_rows(const T* src, int64_t row_stride, int64_t rows, int64_t K, C* dst) {
+  constexpr int64_t L = kLanes<C>;
   for (int64_t i = 0; i < rows; ++i, src += row_stride, dst += K) {
     int64_t k = 0;
-    for (; k + kLanes<C> <= K; k += kLanes<C>) store(dst + k, load(src + k));
+    if constexpr (std::is_same_v<T, BFloat16>)
+      for (; k + 2 * L <= K; k += 2 * L) {
+        store(dst + k, load_half<0>(src + k));
+        store(dst + k + L, load_half<1>(src + k));
+      }
+    for (; k + L <= K; k += L) store(dst + k, load(src + k));
     for (; k < K; ++k) dst[k] = load_one(src + k);
   }
 }
@@ -199,102 +175,6 @@ void linear_forward_typed(const LinearForward& p) {
   }
 }
 
-// ---- backward ------------------------------------------------------------------------------------------------------
-
-// db[n] = sum over m of g[m, n]: whole columns to a thread, rows in blocks so that rounding grows with their number only.
-template <class T>
-void column_sums(const T* g, int64_t row, int64_t col, int64_t M, int64_t N, T* sums, int threads) {
-  using C = Compute<T>;
-  constexpr int64_t L = kLanes<C>, kBlock = 128;
-  parallel(worth_threads(threads, 0, 1.0 * M * N * sizeof(T)), [&](int thread, int running) {
-    const Range columns = share(N, L, thread, running);
-    for (int64_t n = columns.begin; n < columns.end; n += L) {
-      const int64_t count = std::min(L, columns.end - n);
-      Vec<C> total = zero<C>();
-      for (int64_t m0 = 0; m0 < M; m0 += kBlock) {
-        Vec<C> part = zero<C>();
-        for (int64_t m = m0; m < std::min(m0 + kBlock, M); ++m) {
-          const T* p = g + m * row + n * col;
-          if (col == 1) {
-            part += load_first(p, count);
-          } else {
-            for (int64_t j = 0; j < count; ++j) part[j] += load_one(p + j * col);
-          }
-        }
-        total += part;
-      }
-      store_first(sums + n, total, count);
-    }
-  });
-}
-
-// C = A B for at most MR rows, on B in place: its elements are used once a row, so packing would only add traffic.
-template <class C>
-void thin_product(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* b, int64_t ldb, C* c, int64_t ldc,
-                  int threads) {
-  constexpr int64_t NR = kNR<C>, L = kLanes<C>;
-  parallel(worth_threads(threads, 2.0 * M * N * K, 1.0 * sizeof(C) * N * K), [&](int thread, int running) {
-    const Range columns = share(N, NR, thread, running);
-    const int64_t KC = 256;
-    Scratch<C> edge(KC * NR);
-    for (int64_t n = columns.begin; n < columns.end; n += NR) {
-      const int64_t cols = std::min(NR, columns.end - n);
-      with_rows<C>(M, [&](auto height) {
-        constexpr int ROWS = decltype(height)::value;
-        Tile<C, ROWS> total = {};
-        for (int64_t k = 0; k < K; k += KC) {
-          const int64_t depth = std::min(KC, K - k);
-          const C* panel = b + k * ldb + n;
-          if (cols < NR) pack_panel<kNR<C>>(panel, 1, ldb, cols, depth, edge.data());
-          Tile<C, ROWS> tile;
-          micro_kernel_strided<C, ROWS>(depth, a + k, lda, cols < NR ? edge.data() : panel, cols < NR ? NR : ldb, tile);
-          for (int i = 0; i < ROWS; ++i) total.acc[i][0] += tile.acc[i][0], total.acc[i][1] += tile.acc[i][1];
-        }
-        for (int64_t i = 0; i < M; ++i) {
-          store_first(c + i * ldc + n, total.acc[i][0], cols);
-          if (cols > L) store_first(c + i * ldc + n + L, total.acc[i][1], cols - L);
-        }
-      });
-    }
-  });
-}
-
-template <class T>
-void linear_backward_typed(const LinearBackward& p) {
-  using C = Compute<T>;
-  const T *input = static_cast<const T*>(p.input), *weight = static_cast<const T*>(p.weight);
-  const T* g = static_cast<const T*>(p.grad_output);
-  int64_t g_row = p.grad_row, g_col = p.grad_col;
-  Scratch<T> derived(p.activation == Activation::None ? 0 : p.M * p.N);
-  if (p.activation != Activation::None) {
-    const T* saved = static_cast<const T*>(p.saved);
-    parallel(worth_threads(p.threads, 20.0 * p.M * p.N, 1.0 * p.M * p.N * sizeof(T)), [&](int thread, int running) {
-      const Range rows = share(p.M, 1, thread, running);
-      for (int64_t m = rows.begin; m < rows.end; ++m)
-        activate_backward_row(p.activation, g + m * p.grad_row, saved + m * p.N, derived + m * p.N, p.N);
-    });
-    g = derived, g_row = p.N, g_col = 1;
-  }
-  if (p.grad_bias) column_sums(g, g_row, g_col, p.M, p.N, static_cast<T*>(p.grad_bias), p.threads);
-  if (p.grad_input) {
-    T* grad_input = static_cast<T*>(p.grad_input);
-    bool done = false;
-    if constexpr (std::is_same_v<T, C>) {
-      // The rows that a tile height rounds up to must exist: heights are exact up to 2 everywhere.
-      if (p.M > 0 && p.M <= 2 && g_col == 1 && p.weight_col == 1) {
-        thin_product<C>(p.M, p.K, p.N, g, g_row, weight, p.weight_row, grad_input, p.K, p.threads);
-        done = true;
-      }
-    }
-    if (!done)
-      gemm<C>(p.M, p.K, p.N, StridedA<C, T>{g, g_row, g_col}, StridedB<C, T>{weight, p.weight_row, p.weight_col},
-              RowMajorStore<T, C>{grad_input, p.K, nullptr, Activation::None, nullptr}, p.threads);
-  }
-  if (p.grad_weight)
-    gemm<C>(p.N, p.K, p.M, StridedA<C, T>{g, g_col, g_row}, StridedB<C, T>{input, p.input_row, p.input_col},
-            RowMajorStore<T, C>{static_cast<T*>(p.grad_weight), p.K, nullptr, Activation::None, nullptr}, p.threads);
-}
-
 // ---- table ---------------------------------------------------------------------------------------------------------
 
 template <class F>
@@ -321,7 +201,7 @@ inline void linear_pack_isa(const LinearPack& p) {
     using T = decltype(t);
     using C = Compute<T>;
     pack_all<C>(StridedB<C, T>{static_cast<const T*>(p.weight), p.weight_col, p.weight_row}, p.N, p.K,
-                static_cast<C*>(p.packed));
+                static_cast<C*>(p.packed), p.threads);
   });
 }
 

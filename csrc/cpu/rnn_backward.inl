@@ -18,11 +18,13 @@ template <class C>
 struct RnnRowsB {
   static constexpr bool kPrepacked = false;
   const C* const* rows;
-  const C* panel(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* scratch) const {
+  int group() const { return 1; }
+  void prefetch(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) const {}
+  void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* panel) const {
     constexpr int L = kLanes<C>, NR = kNR<C>;
     for (int64_t k = 0; k < depth; ++k) {
       const C* row = rows[k0 + k] + n0;
-      C* dst = scratch + k * NR;
+      C* dst = panel + k * NR;
       if (cols == NR) {
         store(dst, load(row));
         store(dst + L, load(row + L));
@@ -30,7 +32,6 @@ struct RnnRowsB {
         for (int64_t j = 0; j < NR; ++j) dst[j] = j < cols ? row[j] : C(0);
       }
     }
-    return scratch;
   }
 };
 

@@ -43,6 +43,7 @@ struct LinearPack {
   const void* weight;  // [N, K]
   int64_t weight_row, weight_col;
   void* packed;  // panels of the compute type (float, or double for double); packed_size elements
+  int threads;
 };
 
 namespace cpu {

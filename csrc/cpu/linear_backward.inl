@@ -1,0 +1,255 @@
+// Gradients of linear on the CPU. With g = grad_output ⊙ f'(saved):  dX = g W,  dW = gᵀ X,  db = column sums of g.
+//
+// With an activation the rows go in blocks of one K block of dW: g of a block is made once, in compute type, together
+// with its column sums, and both products read it from cache. Nothing of grad_output's size is kept; W is packed once
+// for all blocks. Without an activation g is grad_output as it lies, and the driver of gemm.inl does the blocking.
+//
+// Few rows (kThinRows): arithmetic is nothing, traffic everything. W streams once along its rows into accumulators in
+// L1, dW streams out. Bound by memory.
+//
+// Sums run over rows in blocks whose sizes depend on the shape alone: the same result for every number of threads.
+#pragma once
+
+#include "cpu/linear_store.inl"
+#include "fastnn/linear.h"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+inline constexpr int64_t kThinRows = 4;
+
+// to[i] += from[i * stride]
+template <class C, class T>
+void add_row(C* to, const T* from, int64_t stride, int64_t count) {
+  constexpr int64_t L = kLanes<C>;
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + L <= count; i += L) store(to + i, load(to + i) + load(from + i));
+  for (; i < count; ++i) to[i] += load_one(from + i * stride);
+}
+
+// Calls add(m, sums) for every row m, on all threads; sums is [N], shared by a block of rows, and null where `total` is.
+// The blocks depend on the shape alone and are added up in their order: total[n] += Σ sums[n].
+template <class C, class F>
+void sum_blocks(int64_t M, int64_t N, int threads, double flops, C* total, const F& add) {
+  const int64_t size = std::max<int64_t>((M + 63) / 64, 4), blocks = (M + size - 1) / size;
+  Scratch<C> sums(total ? blocks * N : 0);
+  parallel(worth_threads(threads, flops, 1.0 * sizeof(C) * M * N), [&](int thread, int running) {
+    const Range mine = share(blocks, 1, thread, running);
+    for (int64_t block = mine.begin; block < mine.end; ++block) {
+      C* const row = total ? sums + block * N : nullptr;
+      if (row) std::fill_n(row, N, C(0));
+      for (int64_t m = block * size; m < std::min((block + 1) * size, M); ++m) add(m, row);
+    }
+  });
+  for (int64_t block = 0; total && block < blocks; ++block) add_row(total, sums + block * N, 1, N);
+}
+
+// ---- few rows ------------------------------------------------------------------------------------------------------
+
+// Calls f(k) for vectors that cover [begin, end): the last one starts where it ends with the range, over lanes of the
+// one before. There must be a vector's worth of elements.
+template <class C, class F>
+FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t L = kLanes<C>;
+  int64_t k = begin;
+  for (; k + L <= end; k += L) f(k);
+  if (k < end) f(end - L);
+}
+
+// out[m, k] = Σ over n of g[m, n] w[n, k] for k in [begin, end), at least a vector. g is [ROWS][N].
+template <int ROWS, class C, class T>
+void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, const T* w, int64_t w_row, T* out, int64_t ld) {
+  constexpr int64_t L = kLanes<C>, kChunk = 1024 / ROWS / 64 * 64;  // accumulators: 4 KiB of L1
+  alignas(64) C acc[ROWS * (kChunk + L)];
+  for (int64_t from = begin; from < end; from += kChunk) {
+    const int64_t to = std::min(from + kChunk, end), start = std::max(std::min(from, to - L), begin);
+    std::fill_n(acc, ROWS * (kChunk + L), C(0));
+    const auto rows = [&](int64_t n, auto count) __attribute__((always_inline)) {
+      constexpr int STEP = decltype(count)::value;
+      int64_t at = 0;
+      Vec<C> x[ROWS][STEP];
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; ++i) x[m][i] = splat<C>(g[m * N + n + i]);
+      for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
+        Vec<C> sum[ROWS];
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; ++m) sum[m] = load(acc + (at + m) * L);
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; ++i) {
+          const Vec<C> v = load(w + (n + i) * w_row + k);
+#pragma GCC unroll 4
+          for (int m = 0; m < ROWS; ++m) sum[m] = fma(x[m][i], v, sum[m]);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; ++m) store(acc + (at + m) * L, sum[m]);
+        at += ROWS;
+      });
+    };
+    int64_t n = 0;
+    for (; n + 4 <= N; n += 4) rows(n, std::integral_constant<int, 4>{});
+    for (; n < N; ++n) rows(n, std::integral_constant<int, 1>{});
+    int64_t at = 0;
+    for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
+      for (int m = 0; m < ROWS; ++m) store(out + m * ld + k, load(acc + (at + m) * L));
+      at += ROWS;
+    });
+  }
+}
+
+// out[n, k] = Σ over m of g[m, n] x[m, k] for n in [begin, end); x is [ROWS][K], K at least a vector.
+template <int ROWS, class C, class T>
+void thin_grad_weight(int64_t N, int64_t K, int64_t begin, int64_t end, const C* g, const C* x, T* out) {
+  for (int64_t n = begin; n < end; ++n) {
+    Vec<C> scale[ROWS];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; ++m) scale[m] = splat<C>(g[m * N + n]);
+    for_each_vector<C>(0, K, [&](int64_t k) __attribute__((always_inline)) {
+      Vec<C> sum = scale[0] * load(x + k);
+#pragma GCC unroll 4
+      for (int m = 1; m < ROWS; ++m) sum = fma(scale[m], load(x + m * K + k), sum);
+      store(out + n * K + k, sum);
+    });
+  }
+}
+
+// A strided matrix made dense, from one type to another.
+template <class T, class O>
+void copy_rows(int64_t rows, int64_t cols, const T* from, int64_t row, int64_t col, O* to) {
+  using C = Compute<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t j = 0;
+    if (col == 1)
+      for (; j + kLanes<C> <= cols; j += kLanes<C>) store(to + i * cols + j, load(from + i * row + j));
+    for (; j < cols; ++j) store_one(to + i * cols + j, load_one(from + i * row + j * col));
+  }
+}
+
+template <class T>
+bool linear_backward_is_thin(const LinearBackward& p) {
+  return p.M >= 1 && p.M <= kThinRows && p.N > 0 && p.K >= kLanes<Compute<T>> && (p.weight_col == 1 || !p.grad_input);
+}
+
+template <class T>
+void linear_backward_thin(const LinearBackward& p) {
+  using C = Compute<T>;
+  Scratch<C> g(p.M * p.N), x(p.grad_weight ? p.M * p.K : 0);
+  const T* grad = static_cast<const T*>(p.grad_output);
+  if (p.activation == Activation::None)
+    copy_rows(p.M, p.N, grad, p.grad_row, p.grad_col, g.data());
+  else
+    for (int64_t m = 0; m < p.M; ++m)
+      activate_backward_row(p.activation, grad + m * p.grad_row, static_cast<const T*>(p.saved) + m * p.N, g + m * p.N,
+                            p.N);
+  if (p.grad_bias)
+    for (int64_t n = 0; n < p.N; ++n) {
+      C sum = 0;
+      for (int64_t m = 0; m < p.M; ++m) sum += g[m * p.N + n];
+      store_one(static_cast<T*>(p.grad_bias) + n, sum);
+    }
+  if (p.grad_weight) copy_rows(p.M, p.K, static_cast<const T*>(p.input), p.input_row, p.input_col, x.data());
+  parallel(worth_threads(p.threads, 4.0 * p.M * p.N * p.K, 2.0 * sizeof(T) * p.N * p.K), [&](int thread, int running) {
+    const auto run = [&](auto rows) {
+      constexpr int ROWS = decltype(rows)::value;
+      Range k = share(p.K / 64 * 64, 64, thread, running);
+      if (thread == running - 1) k.end = p.K;  // so that no range is shorter than a vector
+      const Range n = share(p.N, 1, thread, running);
+      if (p.grad_input && k.begin < k.end)
+        thin_grad_input<ROWS>(p.N, k.begin, k.end, g.data(), static_cast<const T*>(p.weight), p.weight_row,
+                              static_cast<T*>(p.grad_input), p.K);
+      if (p.grad_weight)
+        thin_grad_weight<ROWS>(p.N, p.K, n.begin, n.end, g.data(), x.data(), static_cast<T*>(p.grad_weight));
+    };
+    switch (p.M) {
+      case 1: return run(std::integral_constant<int, 1>{});
+      case 2: return run(std::integral_constant<int, 2>{});
+      case 3: return run(std::integral_constant<int, 3>{});
+      default: return run(std::integral_constant<int, 4>{});
+    }
+  });
+}
+
+// ---- many rows -----------------------------------------------------------------------------------------------------
+
+// dX and dW of grad_output as it lies: no activation.
+template <class T>
+void linear_backward_plain(const LinearBackward& p) {
+  using C = Compute<T>;
+  const T* g = static_cast<const T*>(p.grad_output);
+  if (p.grad_bias) {
+    Scratch<C> total(p.N);
+    std::fill_n(total.data(), p.N, C(0));
+    sum_blocks(p.M, p.N, p.threads, 0, total.data(),
+               [&](int64_t m, C* sums) { add_row(sums, g + m * p.grad_row, p.grad_col, p.N); });
+    copy_rows(1, p.N, total.data(), p.N, 1, static_cast<T*>(p.grad_bias));
+  }
+  if (p.grad_input)
+    gemm<C>(p.M, p.K, p.N, StridedA<C, T>{g, p.grad_row, p.grad_col},
+            StridedB<C, T>{static_cast<const T*>(p.weight), p.weight_row, p.weight_col},
+            RowMajorStore<T, C>{static_cast<T*>(p.grad_input), p.K, nullptr, Activation::None, nullptr}, p.threads);
+  if (p.grad_weight)
+    gemm<C>(p.N, p.K, p.M, StridedA<C, T>{g, p.grad_col, p.grad_row},
+            StridedB<C, T>{static_cast<const T*>(p.input), p.input_row, p.input_col},
+            RowMajorStore<T, C>{static_cast<T*>(p.grad_weight), p.K, nullptr, Activation::None, nullptr}, p.threads);
+}
+
+template <class T>
+void linear_backward_derived(const LinearBackward& p) {
+  using C = Compute<T>;
+  const T *grad = static_cast<const T*>(p.grad_output), *saved = static_cast<const T*>(p.saved);
+  const int64_t MB = std::max<int64_t>(depth_of_block<C>(p.M), 1);
+  const bool blocks = p.M > MB, sums_in_scratch = blocks && !std::is_same_v<T, C>;
+  Scratch<C> g(MB * p.N), bias(p.grad_bias ? p.N : 0);
+  Scratch<C> packed(blocks && p.grad_input ? PackedB<C>::size(p.K, p.N) : 0);
+  Scratch<C> weight_sums(sums_in_scratch && p.grad_weight ? p.N * p.K : 0);
+  const StridedB<C, T> weight{static_cast<const T*>(p.weight), p.weight_row, p.weight_col};
+  if (blocks && p.grad_input) pack_all<C>(weight, p.K, p.N, packed.data(), p.threads);
+  if (p.grad_bias) std::fill_n(bias.data(), p.N, C(0));
+
+  int64_t m0 = 0;
+  do {  // once even for M = 0: gradients of an empty batch are zero
+    const int64_t rows = std::min(MB, p.M - m0);
+    sum_blocks(rows, p.N, p.threads, 20.0 * rows * p.N, bias.data(), [&](int64_t m, C* sums) {
+      C* const row = g + m * p.N;
+      activate_backward_row(p.activation, grad + (m0 + m) * p.grad_row, saved + (m0 + m) * p.N, row, p.N);
+      if (sums) add_row(sums, row, 1, p.N);
+    });
+    if (p.grad_input) {
+      const StridedA<C, C> a{g, p.N, 1};
+      const RowMajorStore<T, C> to{static_cast<T*>(p.grad_input) + m0 * p.K, p.K, nullptr, Activation::None, nullptr};
+      if (blocks)
+        gemm<C>(rows, p.K, p.N, a, PackedB<C>{packed, p.K, p.N}, to, p.threads);
+      else
+        gemm<C>(rows, p.K, p.N, a, weight, to, p.threads);
+    }
+    if (p.grad_weight) {
+      const StridedA<C, C> a{g, 1, p.N};
+      const StridedB<C, T> b{static_cast<const T*>(p.input) + m0 * p.input_row, p.input_row, p.input_col};
+      if (sums_in_scratch)
+        gemm<C>(p.N, p.K, rows, a, b, RowMajorStore<C, C>{weight_sums, p.K, nullptr, Activation::None, nullptr},
+                p.threads, m0 > 0);
+      else
+        gemm<C>(p.N, p.K, rows, a, b,
+                RowMajorStore<T, C>{static_cast<T*>(p.grad_weight), p.K, nullptr, Activation::None, nullptr}, p.threads,
+                m0 > 0);
+    }
+    m0 += MB;
+  } while (m0 < p.M);
+  if (p.grad_bias) copy_rows(1, p.N, bias.data(), p.N, 1, static_cast<T*>(p.grad_bias));
+  if (sums_in_scratch && p.grad_weight)
+    parallel(worth_threads(p.threads, 0, 1.0 * sizeof(C) * p.N * p.K), [&](int thread, int running) {
+      const Range n = share(p.N, 1, thread, running);
+      copy_rows(n.end - n.begin, p.K, weight_sums + n.begin * p.K, p.K, 1,
+                static_cast<T*>(p.grad_weight) + n.begin * p.K);
+    });
+}
+
+template <class T>
+void linear_backward_typed(const LinearBackward& p) {
+  if (linear_backward_is_thin<T>(p)) return linear_backward_thin<T>(p);
+  if (p.activation == Activation::None) return linear_backward_plain<T>(p);
+  linear_backward_derived<T>(p);
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA
