@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from functools import partial
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
@@ -97,12 +98,13 @@ class Bench:
         moved = problem.elements * (3 if training else 1) * dtype.itemsize
         floor = setting.machine.floor(flops, moved)
         best = times["fastnn"]["p50"]
-        return {"family": setting.family, "id": problem.id, "shape": problem.shape, "group": problem.group,
-                "dtype": setting.dtype, "direction": setting.direction, "threads": setting.threads,
-                "machine": setting.machine.name, "torch": torch.__version__, "times": times, "errors": errors,
-                "extra": extra, "flops": flops, "bytes": moved, "peak": setting.machine.flops,
-                "bandwidth": setting.machine.bandwidth, "gflops": flops / best / 1e9, "floor": best / floor,
-                "note": note}  # fmt: skip
+        row = {"family": setting.family, "id": problem.id, "shape": problem.shape, "group": problem.group,
+               "dtype": setting.dtype, "direction": setting.direction, "threads": setting.threads,
+               "machine": setting.machine.name, "torch": torch.__version__, "times": times, "errors": errors,
+               "extra": extra, "flops": flops, "bytes": moved, "peak": setting.machine.flops,
+               "bandwidth": setting.machine.bandwidth, "gflops": flops / best / 1e9, "floor": best / floor,
+               "note": note}  # fmt: skip
+        return row | ({"onnxruntime": version("onnxruntime")} if "onnx" in times else {})
 
     def exact(self, problem: Problem, setting: Setting, built: Built, tensors, wanted) -> list[torch.Tensor]:
         """Return the float64 results, computed once for all numbers of threads."""

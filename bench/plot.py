@@ -56,8 +56,12 @@ def draw(chart, rows: list[dict]) -> None:
         chart.plot([x, x], [a, b], color="tab:green" if a >= b else "tab:red", linewidth=0.8)
     chart.scatter(at, ours, s=22, color="tab:blue", zorder=3, label="fastnn, frozen where there is such a column")
     chart.scatter(at, theirs, s=22, color="tab:orange", zorder=3, marker="x", label="the best peer")
-    for row, x, a in zip(rows, at, ours, strict=True):
+    for row, x, a, b in zip(rows, at, ours, theirs, strict=True):
         chart.annotate(row["id"], (x, a), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        if best(row):
+            chart.annotate(
+                best(row), (x, b), fontsize=5, xytext=(3, -2), textcoords="offset points", color="tab:orange"
+            )
     chart.set_xscale("log")
     chart.set_yscale("log")
     chart.set_xlabel("FLOP/byte")

@@ -10,7 +10,7 @@ WORDS = {
     "frozen": "fastnn's module after fastnn.freeze: its weights are packed",
     "torch": "torch eager",
     "compile": "torch.compile in a process of its own{frozen}",
-    "onnx": "ONNX Runtime in a process of its own, weights constant",
+    "onnx": "ONNX Runtime {version} in a process of its own, weights constant",
     "float32": "fastnn's plain call in float32",
     "frozen32": "fastnn's frozen module in float32",
 }
@@ -69,21 +69,27 @@ class Table:
     def __init__(self, names: list[str]):
         self.names = names
         self.base = "frozen" if "frozen" in names else "fastnn"
+        self.judged = self.base == "frozen" or bool({"compile", "onnx"} & set(names))  # not by torch eager alone
         self.pairs = [(name, "fastnn") for name in names if name in ("torch", "float32")]
         self.pairs += [("torch", "frozen")] * (names.count("torch") and names.count("frozen"))
         self.pairs += [(name, self.base) for name in names if name in ("compile", "onnx", "frozen32")]
 
     def head(self, first: dict) -> str:
         """Return the lines above the rows; ``first`` is a row, or what rows share."""
-        frozen = "" if first["direction"] == "training" else ", weights frozen"
-        told = "; ".join(f"{name}: {WORDS[name].format(frozen=frozen)}" for name in self.names)
+        words = {"frozen": "" if first["direction"] == "training" else ", weights frozen"}
+        words["version"] = first.get("onnxruntime", "")
+        told = "; ".join(f"{name}: {WORDS[name].format(**words)}" for name in self.names)
+        machine = first["machine"]
+        if "peak" in first:
+            machine += f"; peak {first['peak'] / 1e9:.0f} GFLOP/s, {first['bandwidth'] / 1e9:.0f} GB/s"
+        frozen = " and /frozen" if "frozen" in self.names else ""
         lines = [
             f"\n{first['family']}, {first['dtype']}, {first['direction']}, {first['threads']} "
-            f"thread{'s' * (first['threads'] > 1)} on {first['machine']}; torch {first['torch']}; "
-            f"peak {first['peak'] / 1e9:.0f} GFLOP/s, {first['bandwidth'] / 1e9:.0f} GB/s",
-            f"{told}. '/fastnn' and '/frozen': a provider's time over that of the column so named, above 1 is fastnn's win; "
-            f"best: the fastest peer{' /' + self.base}. "
-            "KiB: memory beyond inputs and results, torch's beside it.",
+            f"thread{'s' * (first['threads'] > 1)} on {machine}; torch {first['torch']}",
+            told + ".",
+            f"/fastnn{frozen}: a provider's time over that of this column, above 1 fastnn is faster"
+            + (f"; best: the fastest peer, /{self.base}" if "torch" in self.names else "")
+            + "; KiB: memory beyond inputs and results.",
         ]
         line = f"{'problem':28} {'shape':42} {'fastnn µs (p20–p80)':>28}"
         line += f" {'frozen µs':>9}" if "frozen" in self.names else ""
@@ -117,8 +123,8 @@ class Table:
         if old and "torch" in times and "torch" in old["times"]:
             line += f"  was {ratio(old, 'torch'):.2f}×, now {ratio(row, 'torch') / ratio(old, 'torch'):.2f} of it"
         if "torch" in times:
-            line += "  < torch" if ratio(row, "torch") < 1 else ""
-            line += f"  < {best(row)}" if against_best(row) < 1 else ""
+            line += "  fastnn < torch" if ratio(row, "torch") < 1 else ""
+            line += f"  {own(row)} < {best(row)}" if self.judged and against_best(row) < 1 else ""
         return line + (f"  ({row['note']})" if row["note"] else "")
 
     def means(self, rows: list[dict]) -> str:
@@ -153,7 +159,7 @@ class Table:
             if group:
                 lines.append(f"  {group}: {self.means([row for row in rows if row.get('group') == group])}")
         lines += behind("torch", rows, lambda row: ratio(row, "torch"))
-        if self.base == "frozen" or {"compile", "onnx"} & set(self.names):
+        if self.judged:
             lines += behind("the best peer", rows, against_best)
         return "\n".join(lines)
 
