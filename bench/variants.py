@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from bench.measure import calls, leaves, take_turns
-from bench.problem import Built, Problem
+from bench.problem import Problem
 from fastnn import _C, testing
 
 NEAR = 1.05  # a pick this close to the best is as good
@@ -24,7 +24,17 @@ def algorithms(op: str) -> tuple[str, ...]:
     """Return the names of an op's algorithms, none where they cannot be forced."""
     if hasattr(testing, "algorithms"):
         return tuple(testing.algorithms(op))
-    return ("pointwise", "implicit", "direct") if op == "conv2d" and hasattr(_C, "_force_conv2d_algorithm") else ()
+    if op != "conv2d" or not hasattr(_C, "_force_conv2d_algorithm"):
+        return ()
+    return tuple(name for name in ("pointwise", "implicit", "direct", "winograd") if _known_to_conv2d(name))
+
+
+def _known_to_conv2d(name: str) -> bool:
+    try:
+        with _forced_conv2d(name):
+            return True
+    except ValueError:
+        return False
 
 
 def forced(op: str, name: str) -> AbstractContextManager:
@@ -82,10 +92,10 @@ def measure(family, problem: Problem, dtype, direction, threads, frozen: bool, q
     providers["pick"](1)
     usual = min(providers["pick"](1) for _ in range(2))
     for name in algorithms(family):
-        if not serves(family, name, built):
-            continue
         try:
             with forced(family, name):
+                if built.algorithm and built.algorithm() != name:
+                    continue
                 run = provider()
                 run(1)
                 one = run(1)
@@ -106,14 +116,6 @@ def measure(family, problem: Problem, dtype, direction, threads, frozen: bool, q
     return {"family": family, "id": problem.id, "dtype": dtype, "direction": direction, "threads": threads,
             "weights": "frozen" if frozen else "plain", "pick": pick, "times": times, "hopeless": hopeless,
             "best": best if over > 1 else "pick", "over": over}  # fmt: skip
-
-
-def serves(family: str, name: str, built: Built) -> bool:
-    """Return whether a forced algorithm is the one that would run, as far as the op tells."""
-    if built.algorithm is None:
-        return True
-    with forced(family, name):
-        return built.algorithm() == name
 
 
 def under(family: str, name: str, run: Callable[[int], float]) -> Callable[[int], float]:

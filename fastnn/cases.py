@@ -94,6 +94,7 @@ LINEAR = (
     LinearCase("square.1024", 1024, 1024, 1024),
     LinearCase("tiny", 1, 16, 16),
     LinearCase("tiny.relu", 4, 32, 32, "relu"),
+    LinearCase("tiny.8x64x64", 8, 64, 64),
     LinearCase("odd.primes", 127, 257, 509, "silu"),
     LinearCase("odd.primes.b7", 7, 1009, 1013),
     LinearCase("odd.tail", 13, 769, 17),
