@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from bench import memory, peer
-from bench.peak import Machine
+from bench.peak import Machine, Others
 from bench.problem import Built, Problem
 from fastnn.testing import max_error
 
@@ -42,6 +42,7 @@ class Bench:
         self.options = options
         self._peers: dict[str, peer.Peer] = {}
         self._exact: dict[tuple, list[torch.Tensor]] = {}
+        self._others = Others(lambda: [child.id for child in self._peers.values()])
 
     def __enter__(self) -> Bench:
         return self
@@ -92,7 +93,9 @@ class Bench:
                 continue
             errors[name] = error(theirs, exact)
             providers[name] = child.turn
+        self._others.cores()
         times = take_turns(providers, self.options.quick)
+        others = self._others.cores()
 
         flops = problem.flops * (3 if training else 1)
         moved = problem.elements * (3 if training else 1) * dtype.itemsize
@@ -103,7 +106,7 @@ class Bench:
                "machine": setting.machine.name, "torch": torch.__version__, "times": times, "errors": errors,
                "extra": extra, "flops": flops, "bytes": moved, "peak": setting.machine.flops,
                "bandwidth": setting.machine.bandwidth, "gflops": flops / best / 1e9, "floor": best / floor,
-               "note": note}  # fmt: skip
+               "others": others, "note": note}  # fmt: skip
         return row | ({"onnxruntime": version("onnxruntime")} if "onnx" in times else {})
 
     def exact(self, problem: Problem, setting: Setting, built: Built, tensors, wanted) -> list[torch.Tensor]:

@@ -74,6 +74,11 @@ class Peer:
         command = [sys.executable, __file__, kind]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    @property
+    def id(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
     def _ask(self, *message):
         pickle.dump(message, self._child.stdin)
         self._child.stdin.flush()

@@ -14,6 +14,7 @@ WORDS = {
     "float32": "fastnn's plain call in float32",
     "frozen32": "fastnn's frozen module in float32",
 }
+BUSY = 0.25  # cores that others may use before a row says so: its times are not worth much
 FLOOR = 20e-6  # seconds: the floor of a problem below this says little, the call itself takes some µs
 
 
@@ -125,6 +126,8 @@ class Table:
         if "torch" in times:
             line += "  fastnn < torch" if ratio(row, "torch") < 1 else ""
             line += f"  {own(row)} < {best(row)}" if self.judged and against_best(row) < 1 else ""
+        if row.get("others", 0) > BUSY:
+            line += f"  (others used {row['others']:.1f} cores)"
         return line + (f"  ({row['note']})" if row["note"] else "")
 
     def means(self, rows: list[dict]) -> str:
@@ -161,6 +164,9 @@ class Table:
         lines += behind("torch", rows, lambda row: ratio(row, "torch"))
         if self.judged:
             lines += behind("the best peer", rows, against_best)
+        busy = sum(row.get("others", 0) > BUSY for row in rows)
+        if busy:
+            lines.append(f"other processes used the machine during {busy} of {len(rows)} problems")
         return "\n".join(lines)
 
 

@@ -3,7 +3,9 @@
 import importlib
 import json
 import math
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -121,6 +123,23 @@ def test_the_machine_and_its_floor():
     assert machine.floor(0, 1e12) == 1e12 / machine.bandwidth
 
 
+def test_what_others_use_is_told_apart():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("read from /proc")
+    burn = "import time; end = time.time() + 30\nwhile time.time() < end: pass"
+    process = subprocess.Popen([sys.executable, "-c", burn])
+    try:
+        others, without = peak.Others(), peak.Others(lambda: [process.pid])
+        time.sleep(1)
+        seen, rest = others.cores(), without.cores()
+        assert seen - rest > 0.1
+    finally:
+        process.kill()
+        process.wait()
+    told = table.Table(["fastnn", "torch"]).summary([row("a", 2.0) | {"others": 0.6}, row("b", 2.0) | {"others": 0.1}])
+    assert "other processes used the machine during 1 of 2" in told
+
+
 def test_onnx_runtime_in_its_own_process():
     if not peer.available():
         pytest.skip("onnx and onnxruntime are not installed")
@@ -145,7 +164,7 @@ def test_each_activation_has_its_onnx_nodes():
 def test_a_peer_that_fails_is_a_note(monkeypatch, capsys):
     class Broken:
         def __init__(self, kind):
-            self.kind = kind
+            self.kind, self.id = kind, 0
 
         def load(self, *problem):
             raise RuntimeError(f"{self.kind}: it is out of order")
