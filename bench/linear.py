@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+import fastnn
 from bench import peer
 from bench.problem import Built, Problem
 from fastnn.functional import linear
@@ -18,6 +19,7 @@ def build(case: LinearCase, dtype: torch.dtype) -> Built:
     weight = torch.randn(case.out_features, case.in_features, generator=generator) / case.in_features**0.5
     bias = torch.randn(case.out_features, generator=generator) if case.bias else None
     activation = ACTIVATIONS[case.activation]
+    tensors = tuple(None if t is None else t.to(dtype) for t in (x, weight, bias))
 
     def stock(x, weight, bias):
         return activation(F.linear(x, weight, bias))
@@ -28,19 +30,37 @@ def build(case: LinearCase, dtype: torch.dtype) -> Built:
     def own(x, weight, bias):
         return linear(x, weight, bias, activation=case.activation)
 
+    def frozen():
+        sizes = (case.in_features, case.out_features, case.bias)
+        module = torch.nn.utils.skip_init(fastnn.nn.Linear, *sizes, dtype=dtype, activation=case.activation)
+        with torch.no_grad():
+            module.weight.copy_(tensors[1])
+            if case.bias:
+                module.bias.copy_(tensors[2])
+        return fastnn.freeze(module.eval())
+
     def onnx():
         weights = {"W": weight.T.contiguous().numpy()} | ({"B": bias.numpy()} if case.bias else {})
         nodes = [("MatMul", "X W", "Y")] + ([("Add", "Y B", "Z")] if case.bias else [])
         return peer.model([*nodes, *peer.activation(case.activation, nodes[-1][2])], {"X": x.numpy()}, weights)
 
-    tensors = tuple(None if t is None else t.to(dtype) for t in (x, weight, bias))
-    return Built(tensors, own if case.activation else linear, stock, onnx=onnx)
+    own = own if case.activation else linear
+    return Built(tensors, own, stock, inputs=1, frozen=frozen, onnx=onnx)
+
+
+def group(case: LinearCase) -> str:
+    if case.name.startswith(("odd", "tiny")):
+        return ""
+    if case.rows <= 8:
+        return "8 rows or fewer"
+    return "16 outputs or fewer" if case.out_features <= 16 else "many rows"
 
 
 def problem(case: LinearCase) -> Problem:
     m, n, k = case.rows, case.out_features, case.in_features
     shape = f"{m}x{k}->{n} {case.activation or ''}".strip()
-    return Problem(case.name, shape, 2.0 * m * n * k, m * k + n * k + m * n, lambda dtype: build(case, dtype))
+    elements = m * k + n * k + m * n
+    return Problem(case.name, shape, 2.0 * m * n * k, elements, lambda dtype: build(case, dtype), group=group(case))
 
 
 PROBLEMS = [problem(case) for case in LINEAR]

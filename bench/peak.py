@@ -1,8 +1,11 @@
-"""The floor of a problem: what this machine could do at best, probed before the table is printed."""
+"""The floor of a problem: what this machine could do at best, probed before the table is printed; and who else used it."""
 
 from __future__ import annotations
 
+import os
 import platform
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -46,3 +49,34 @@ def last_cache() -> int:
         text = path.read_text().strip()
         sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]] if text[-1] in "KM" else int(text))
     return max(sizes) or 32 << 20
+
+
+class Others:
+    """How many cores other processes (and, on a virtual machine, other machines) took while this was watched.
+
+    Args:
+        children: ids of processes that belong to the benchmark, told at each reading.
+    """
+
+    def __init__(self, children: Callable[[], Iterable[int]] = tuple):
+        self._children = children
+        self._before = self._read()
+
+    def _read(self) -> tuple[float, float]:
+        """Return the seconds now, and those of CPU time that others have had."""
+        tick = os.sysconf("SC_CLK_TCK")
+        own = sum(os.times()[:2])
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+            for child in self._children():
+                fields = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()
+                own += (int(fields[11]) + int(fields[12])) / tick
+        except (OSError, ValueError):
+            return time.monotonic(), 0.0
+        return time.monotonic(), (user + nice + system + irq + softirq + steal) / tick - own
+
+    def cores(self) -> float:
+        """Return the cores taken since the last reading."""
+        then, now = self._before, self._read()
+        self._before = now
+        return max(0.0, (now[1] - then[1]) / max(now[0] - then[0], 1e-3))

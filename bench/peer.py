@@ -1,6 +1,7 @@
-"""ONNX Runtime as a peer, in a process of its own: two pools of spinning threads in one process measure their fight.
+"""Peers in processes of their own: two pools of spinning threads in one process measure their fight.
 
-The parent imports this file for :func:`model` and :class:`Peer`; run as a program, it is the child.
+The parent asks a :class:`Peer` to load a problem and then takes turns with it. The child is this file run as a program:
+``peer.py onnx`` runs ONNX models, ``peer.py compile`` the problems of bench/ under torch.compile, weights frozen.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def available() -> bool:
@@ -23,8 +25,10 @@ def activation(name: str | None, source: str) -> list[tuple]:
         return [("Sigmoid", source, "SIGMOID"), ("Mul", f"{source} SIGMOID", "OUT")]
     if name == "relu6":
         return [("Clip", f"{source} ZERO SIX", "OUT")]
-    operator = {None: "Identity", "relu": "Relu", "gelu": "Gelu", "gelu_tanh": "Gelu", "tanh": "Tanh"}[name]
-    return [(operator, source, "OUT", {"approximate": "tanh"} if name == "gelu_tanh" else {})]
+    if name == "gelu_tanh":
+        return [("Gelu", source, "OUT", {"approximate": "tanh"})]
+    operator = {None: "Identity", "hardswish": "HardSwish"}.get(name) or name.capitalize()  # Relu, Gelu, Sigmoid, Tanh
+    return [(operator, source, "OUT")]
 
 
 def model(nodes: list[tuple], inputs: dict, weights: dict) -> tuple[bytes, dict]:
@@ -60,13 +64,22 @@ def model(nodes: list[tuple], inputs: dict, weights: dict) -> tuple[bytes, dict]
 
 
 class Peer:
-    """ONNX Runtime with one model loaded; ``turn(calls)`` returns the seconds of a call."""
+    """A child that has one problem loaded at a time.
 
-    def __init__(self, onnx: tuple[bytes, dict], threads: int):
-        self._child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._ask((*onnx, threads))
+    Args:
+        kind: ``"onnx"`` or ``"compile"``.
+    """
 
-    def _ask(self, message):
+    def __init__(self, kind: str):
+        command = [sys.executable, __file__, kind]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    @property
+    def id(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    def _ask(self, *message):
         pickle.dump(message, self._child.stdin)
         self._child.stdin.flush()
         answer = pickle.load(self._child.stdout)
@@ -74,14 +87,18 @@ class Peer:
             raise RuntimeError(answer)
         return answer
 
-    def output(self):
-        """Return the model's output as a numpy array."""
-        return self._ask("output")
+    def load(self, *problem) -> None:
+        """Load a problem: what the child's loader takes."""
+        self._ask("load", problem)
+
+    def results(self) -> list:
+        """Return the output, and in training the gradients, as numpy arrays."""
+        return self._ask("results")
 
     def turn(self, calls: int) -> float:
-        """Run ``calls`` times; both processes' threads have gone to sleep before the clock starts."""
+        """Run ``calls`` times and return the seconds of one; the threads of both processes sleep before the clock starts."""
         time.sleep(0.005)
-        seconds = self._ask(calls)
+        seconds = self._ask("turn", calls)
         time.sleep(0.005)
         return seconds
 
@@ -91,38 +108,87 @@ class Peer:
         self._child.stdout.close()
 
 
-def _serve() -> None:
+# ---- the child -------------------------------------------------------------------------------------------------------
+
+
+def load_onnx(model: bytes, feeds: dict, threads: int):
     import onnxruntime
 
-    def say(answer):
-        pickle.dump(answer, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-
     onnxruntime.set_default_logger_severity(3)
-    session = feeds = None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def turn(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            session.run(None, feeds)
+        return (time.perf_counter() - start) / calls
+
+    return lambda: session.run(None, feeds)[:1], turn
+
+
+def load_compiled(family: str, name: str, dtype: str, training: bool, threads: int):
+    """Compile torch's side of a problem; in the forward direction its weights are constants of a module."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import importlib
+
+    import torch
+
+    from bench import measure
+
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+    torch._inductor.config.freezing = not training
+    problems = importlib.import_module(f"bench.{family}").PROBLEMS
+    built = next(problem for problem in problems if problem.id == name).build(getattr(torch, dtype))
+    tensors, wanted = measure.leaves(built, training)
+    function = built.torch
+    if not training and built.inputs is not None:
+        function, tensors = Constants(function, tensors[built.inputs :]), tensors[: built.inputs]
+    compiled = torch.compile(function, dynamic=False)
+    results = measure.results(compiled, tensors, wanted, training)
+    return lambda: [t.float().numpy() for t in results], measure.calls(compiled, tensors, training)
+
+
+def Constants(function, weights):
+    """Return a module in eval whose forward calls ``function`` with the inputs and its own weights."""
+    import torch
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, weight in enumerate(weights):
+                self.register_parameter(f"weight{i}", None if weight is None else torch.nn.Parameter(weight, False))
+
+        def forward(self, *inputs):
+            return function(*inputs, *(getattr(self, f"weight{i}") for i in range(len(weights))))
+
+    return Module().eval()
+
+
+def _serve(kind: str) -> None:
+    out = sys.stdout.buffer
+    sys.stdout = sys.stderr  # what a compiler prints is no answer
+    load = {"onnx": load_onnx, "compile": load_compiled}[kind]
+    loaded = None
     while True:
         try:
-            message = pickle.load(sys.stdin.buffer)
+            what, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            if isinstance(message, tuple):
-                model, feeds, threads = message
-                options = onnxruntime.SessionOptions()
-                options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-                session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-                session.run(None, feeds)
-                say(0.0)
-            elif message == "output":
-                say(session.run(None, feeds)[0])
+            if what == "load":
+                loaded = None  # the threads of the one before end first
+                loaded = load(*arguments[0])
+                answer = None
             else:
-                start = time.perf_counter()
-                for _ in range(message):
-                    session.run(None, feeds)
-                say((time.perf_counter() - start) / message)
+                answer = loaded[0]() if what == "results" else loaded[1](*arguments)
         except Exception as error:
-            say(f"onnxruntime: {error}")
+            answer = f"{kind}: {type(error).__name__}: {error}"
+        pickle.dump(answer, out)
+        out.flush()
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

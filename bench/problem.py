@@ -1,8 +1,8 @@
-"""The contract between bench/run.py and the families (bench/linear.py, conv2d.py, rnn.py, attention.py).
+"""The contract between the benchmark and the families (bench/linear.py, conv2d.py, rnn.py, attention.py).
 
 A family is a module with ``PROBLEMS: list[Problem]``. A problem knows what it is and how much work it does; its
-``build(dtype)`` makes the tensors and the two callables that take turns on them. The float64 oracle, the gradients,
-the threads, the clock and the printing are run.py's.
+``build(dtype)`` makes the tensors and the callables that take turns on them. The float64 oracle, the gradients, the
+threads and the clock are measure.py's, the printing is table.py's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ class Built:
         fastnn: called as ``fastnn(*tensors)``; a function, or a module with the same weights as torch's.
         torch: the same for torch eager. On float64 copies of the tensors it is the oracle.
         constant: positions in ``tensors`` of what wants no gradient.
+        inputs: how many of ``tensors`` come anew with each call; the others are weights. None: all.
+        frozen: makes fastnn's module after ``fastnn.freeze``, called with the inputs alone, or None where there is none.
         onnx: makes the ONNX model and its feeds (see bench/peer.py: ``model``), or None where there is none.
+        algorithm: says which algorithm the call of ``fastnn`` would run, or None where the op does not tell.
 
     A callable may return a tuple: its first element is what is compared and what gets the gradient.
     """
@@ -32,7 +35,10 @@ class Built:
     fastnn: Callable
     torch: Callable
     constant: tuple[int, ...] = ()
+    inputs: int | None = None
+    frozen: Callable[[], torch.nn.Module] | None = None
     onnx: Callable[[], tuple[bytes, dict]] | None = None
+    algorithm: Callable[[], str] | None = None
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Problem:
             than the last cache.
         build: makes the tensors and callables for a dtype.
         directions: which directions make sense here.
+        group: which problems of its kind it is told with in the summary, or nothing.
         note: what a reader has to know about this row.
     """
 
@@ -56,4 +63,5 @@ class Problem:
     elements: float
     build: Callable[[torch.dtype], Built]
     directions: tuple[str, ...] = field(default=("forward", "training"))
+    group: str = ""
     note: str = ""

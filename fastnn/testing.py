@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastnn.cases import CONV2D, LINEAR, Conv2dCase, LinearCase  # noqa: F401
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")  # and "channels_last", for four dimensions
@@ -34,35 +36,6 @@ ACTIVATIONS = (
 
 
 # ---------------------------------------------------------------------------------------------------- cases
-
-
-class LinearCase(NamedTuple):
-    """``rows`` vectors of ``in_features`` to ``out_features``."""
-
-    name: str
-    rows: int
-    in_features: int
-    out_features: int
-    activation: str | None = None
-    bias: bool = True
-
-
-class Conv2dCase(NamedTuple):
-    """One convolution of an image ``[batch, channels, height, width]``."""
-
-    name: str
-    batch: int
-    channels: int
-    height: int
-    width: int
-    out_channels: int
-    kernel: tuple[int, int]
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-    activation: str | None = None
-    bias: bool = True
 
 
 class RnnCase(NamedTuple):
@@ -93,56 +66,6 @@ class AttentionCase(NamedTuple):
     causal: bool = False
     mask: str | None = None
 
-
-LINEAR = (
-    LinearCase("resnet50.fc", 1, 2048, 1000),
-    LinearCase("mobilenetv2.classifier", 32, 1280, 1000),
-    LinearCase("bert.qkv", 128, 768, 2304),
-    LinearCase("bert.up", 128, 768, 3072, "gelu"),
-    LinearCase("bert.down", 128, 3072, 768),
-    LinearCase("bert.up.b8", 1024, 768, 3072, "gelu"),
-    LinearCase("minilm.up.b1", 24, 384, 1536, "gelu"),
-    LinearCase("minilm.down.b1", 24, 1536, 384),
-    LinearCase("gpt2.up.decode", 1, 768, 3072, "gelu_tanh"),
-    LinearCase("gpt2.up.prefill", 64, 768, 3072, "gelu_tanh"),
-    LinearCase("llama.gate.decode", 1, 2048, 5632, "silu", False),
-    LinearCase("llama.o.decode.b8", 8, 2048, 2048, None, False),
-    LinearCase("deepspeech.dense", 64, 2048, 2048, "relu6"),
-    LinearCase("kws.head", 1, 128, 12),
-    LinearCase("digits.head", 256, 128, 10),
-    LinearCase("square.1024", 1024, 1024, 1024),
-    LinearCase("tiny", 1, 16, 16),
-    LinearCase("tiny.relu", 4, 32, 32, "relu"),
-    LinearCase("odd.primes", 127, 257, 509, "silu"),
-    LinearCase("odd.tail", 13, 769, 17),
-    LinearCase("odd.thin", 4096, 3, 5, "relu"),
-    LinearCase("odd.skinny", 512, 64, 1),
-)
-
-CONV2D = (
-    Conv2dCase("resnet50.stem", 1, 3, 224, 224, 64, (7, 7), 2, 3, activation="relu"),
-    Conv2dCase("resnet50.3x3.56", 1, 64, 56, 56, 64, (3, 3), 1, 1, activation="relu"),
-    Conv2dCase("resnet50.3x3.14", 1, 256, 14, 14, 256, (3, 3), 1, 1, activation="relu"),
-    Conv2dCase("resnet50.3x3.s2", 1, 128, 56, 56, 128, (3, 3), 2, 1, activation="relu"),
-    Conv2dCase("resnet50.1x1.56", 1, 256, 56, 56, 64, (1, 1), activation="relu"),
-    Conv2dCase("resnet50.1x1.s2", 1, 256, 56, 56, 512, (1, 1), 2),
-    Conv2dCase("resnet50.1x1.7.b8", 8, 2048, 7, 7, 512, (1, 1), activation="relu"),
-    Conv2dCase("resnet50.3x3.28.b8", 8, 128, 28, 28, 128, (3, 3), 1, 1, activation="relu"),
-    Conv2dCase("mobilenetv2.stem", 1, 3, 224, 224, 32, (3, 3), 2, 1, activation="relu6"),
-    Conv2dCase("mobilenetv2.expand", 1, 24, 56, 56, 144, (1, 1), activation="relu6"),
-    Conv2dCase("mobilenetv2.depthwise", 1, 144, 56, 56, 144, (3, 3), 1, 1, groups=144, activation="relu6"),
-    Conv2dCase("mobilenetv2.depthwise.s2", 1, 96, 112, 112, 96, (3, 3), 2, 1, groups=96, activation="relu6"),
-    Conv2dCase("mobilenetv2.project", 1, 144, 56, 56, 24, (1, 1)),
-    Conv2dCase("efficientnet.depthwise5", 1, 240, 28, 28, 240, (5, 5), 1, 2, groups=240, activation="silu"),
-    Conv2dCase("efficientnet.depthwise5.s2", 1, 672, 14, 14, 672, (5, 5), 2, 2, groups=672, activation="silu"),
-    Conv2dCase("convnext.depthwise7", 1, 96, 56, 56, 96, (7, 7), 1, 3, groups=96),
-    Conv2dCase("resnext.grouped", 1, 256, 28, 28, 256, (3, 3), 1, 1, groups=32, activation="relu"),
-    Conv2dCase("deeplab.dilated", 1, 256, 28, 28, 256, (3, 3), 1, 2, 2, activation="relu"),
-    Conv2dCase("digits.conv1", 64, 1, 8, 8, 32, (3, 3), 1, 1, activation="relu"),
-    Conv2dCase("kws.conv", 1, 1, 49, 10, 64, (10, 4), 2, 1, activation="relu"),
-    Conv2dCase("odd.primes", 3, 13, 29, 31, 17, (3, 5), 1, 2, activation="silu"),
-    Conv2dCase("odd.wide", 1, 5, 1, 1021, 7, (1, 9)),
-)
 
 RNN = (
     RnnCase("kws.gru.b1", "gru", 1, 98, 40, 64),

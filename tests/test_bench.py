@@ -1,15 +1,20 @@
-"""bench/: a row of each family can be run, says its error, and compares with an earlier run."""
+"""bench/: a row of each family can be run, says its error and its memory, and compares with an earlier run."""
 
 import importlib
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from bench import peak, peer, run
-from bench.problem import Problem
-from fastnn import testing
+from bench import conv2d, linear, measure, peak, peer, run, table, variants
+from bench.problem import Built, Problem
+from fastnn import reference, testing
+
+ARGUMENTS = ("--quick", "--threads", "1", "--family")
 
 
 @pytest.mark.parametrize("family", run.FAMILIES)
@@ -26,7 +31,7 @@ def run_one(family, *arguments):
     """Run the family's smallest problem."""
     problems = importlib.import_module(f"bench.{family}").PROBLEMS
     smallest = min(problems, key=lambda problem: problem.flops)
-    rows = run.main(["--family", family, "--quick", "--threads", "1", "--only", smallest.id, "--no-onnx", *arguments])
+    rows = run.main([*ARGUMENTS, family, "--only", f"^{smallest.id}$", "--no-onnx", *arguments])
     return [row for row in rows if row["id"] == smallest.id]
 
 
@@ -51,18 +56,43 @@ def test_json_and_compare(tmp_path, capsys):
     assert " was " in capsys.readouterr().out
 
 
-def test_what_is_behind_is_told():
-    def row(name, ratio):
-        times = {"fastnn": {"p50": 1.0, "ratio": 1.0}, "torch": {"p50": ratio, "ratio": ratio}}
-        return {"id": name, "times": times, "floor": 2.0}
+def row(name, torch=1.0, onnx=None, frozen=None, group="", floor=2.0, fastnn=1.0):
+    """A row as measure makes them, from the seconds of each provider."""
+    seconds = {"fastnn": fastnn, "frozen": frozen, "torch": torch, "onnx": onnx}
+    times = {
+        key: {"p50": value, "ratio": value / fastnn, "ratio_frozen": value / (frozen or fastnn)}
+        for key, value in seconds.items()
+        if value is not None
+    }
+    return {"id": name, "group": group, "times": times, "floor": floor}
 
-    told = run.summary([row("good", 2.0), row("bad", 0.5)], [])
-    assert "1.00× torch" in told and "behind torch: bad 0.50" in told and "good" not in told.split("behind")[1]
+
+def test_what_is_behind_is_told():
+    told = table.Table(["fastnn", "torch"]).summary([row("good", 2.0), row("bad", 0.5)])
+    assert "torch/fastnn 1.00×" in told
+    assert "behind torch: bad 0.50" in told and "good" not in told.split("behind")[1]
+    assert "nothing behind torch" in table.Table(["fastnn", "torch"]).summary([row("good", 2.0)])
+
+
+def test_peers_with_frozen_weights_are_told_from_the_frozen_column():
+    rows = [row("a", torch=2.0, onnx=0.5, frozen=0.25, group="1x1"), row("b", torch=2.0, onnx=0.5, frozen=1.0)]
+    assert [table.best(r) for r in rows] == ["onnx", "onnx"]
+    assert [table.against_best(r) for r in rows] == [2.0, 0.5]
+    told = table.Table(["fastnn", "frozen", "torch", "onnx"]).summary(rows)
+    assert "torch/fastnn 2.00×" in told and "torch/frozen 4.00×" in told and "onnx/frozen 1.00×" in told
+    assert "behind the best peer: b 0.50" in told and "nothing behind torch" in told
+    assert "1x1: torch/fastnn 2.00×" in told
+    without = row("c", torch=2.0)  # a family that has no frozen module
+    assert table.against_best(without) == 2.0 and table.own(without) == "fastnn"
+
+
+def test_the_floor_of_short_problems_is_told_apart():
+    rows = [row("long", floor=2.0, fastnn=1e-3, frozen=5e-4), row("short", floor=8.0, fastnn=1e-5, frozen=1e-5)]
+    told = table.Table(["fastnn", "frozen", "torch"]).floors(rows)
+    assert told.startswith("fastnn 4.00×, 2.00× where it is 20 µs or more (1); frozen 2.83×, 1.00×")
 
 
 def test_error_sees_a_wrong_output_and_a_wrong_gradient():
-    from bench.problem import Built
-
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -74,10 +104,15 @@ def test_error_sees_a_wrong_output_and_a_wrong_gradient():
 
     x = torch.randn(5, requires_grad=True)
     built = Built((x,), Wrong.apply, torch.clone)
-    assert run.error(built.torch, built, (x,), [0], True) == 0
-    assert run.error(built.fastnn, built, (x,), [0], False) == 0
-    assert run.error(built.fastnn, built, (x,), [0], True) > 0.4
-    assert run.error(lambda x: x + 1, built, (x,), [0], False) > 0.1
+
+    def error(function, training):
+        exact = measure.oracle(built, (x,), [0], training)
+        return measure.error(measure.results(function, (x,), [0], training), exact)
+
+    assert error(built.torch, True) == 0
+    assert error(built.fastnn, False) == 0
+    assert error(built.fastnn, True) > 0.4
+    assert error(lambda x: x + 1, False) > 0.1
 
 
 def test_the_machine_and_its_floor():
@@ -88,8 +123,152 @@ def test_the_machine_and_its_floor():
     assert machine.floor(0, 1e12) == 1e12 / machine.bandwidth
 
 
+def test_what_others_use_is_told_apart():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("read from /proc")
+    burn = "import time; end = time.time() + 30\nwhile time.time() < end: pass"
+    process = subprocess.Popen([sys.executable, "-c", burn])
+    try:
+        others, without = peak.Others(), peak.Others(lambda: [process.pid])
+        time.sleep(1)
+        seen, rest = others.cores(), without.cores()
+        assert seen - rest > 0.1
+    finally:
+        process.kill()
+        process.wait()
+    told = table.Table(["fastnn", "torch"]).summary([row("a", 2.0) | {"others": 0.6}, row("b", 2.0) | {"others": 0.1}])
+    assert "other processes used the machine during 1 of 2" in told
+
+
 def test_onnx_runtime_in_its_own_process():
     if not peer.available():
         pytest.skip("onnx and onnxruntime are not installed")
-    (row,) = run.main(["--family", "linear", "--quick", "--threads", "1", "--only", "tiny.relu"])
-    assert row["errors"]["onnx"] < 1e-5 and row["times"]["onnx"]["p50"] > 0
+    names = ["tiny.relu", "dlrm.click", "bert.pooler"]  # one process for all
+    rows = run.main([*ARGUMENTS, "linear", "--only", *names])
+    assert [row["id"] for row in rows] == ["bert.pooler", "dlrm.click", "tiny.relu"]
+    assert all(row["errors"]["onnx"] < 1e-5 and row["times"]["onnx"]["p50"] > 0 for row in rows)
+
+
+def test_each_activation_has_its_onnx_nodes():
+    if not peer.available():
+        pytest.skip("onnx and onnxruntime are not installed")
+    import onnxruntime
+
+    x = torch.linspace(-8, 8, 99)
+    for name in {case.activation for case in (*testing.LINEAR, *testing.CONV2D)}:
+        model, feeds = peer.model(peer.activation(name, "X"), {"X": x.numpy()}, {})
+        found = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        torch.testing.assert_close(torch.from_numpy(found), reference.activate(x, name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_peer_that_fails_is_a_note(monkeypatch, capsys):
+    class Broken:
+        def __init__(self, kind):
+            self.kind, self.id = kind, 0
+
+        def load(self, *problem):
+            raise RuntimeError(f"{self.kind}: it is out of order")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(peer, "Peer", Broken)
+    (row,) = run.main([*ARGUMENTS, "linear", "--only", "tiny.relu", "--compile", "--no-onnx"])
+    assert "compile" not in row["times"] and "out of order" in row["note"]
+    assert "out of order" in capsys.readouterr().out
+
+
+def test_torch_compile_in_its_own_process():
+    child = peer.Peer("compile")
+    try:
+        child.load("linear", "tiny", "float32", False, 1)
+        (problem,) = [problem for problem in linear.PROBLEMS if problem.id == "tiny"]
+        built = problem.build(torch.float32)
+        exact = measure.oracle(built, built.tensors, [], False)
+        assert measure.error([torch.from_numpy(array) for array in child.results()], exact) < 1e-5
+        assert child.turn(2) > 0
+        with pytest.raises(RuntimeError, match="compile: StopIteration"):
+            child.load("linear", "no such problem", "float32", False, 1)
+    finally:
+        child.close()
+
+
+@pytest.mark.parametrize("family", [linear, conv2d])
+def test_the_frozen_module_computes_the_same(family):
+    torch.set_num_threads(1)
+    for problem in family.PROBLEMS:
+        if problem.flops < 5e6:
+            built = problem.build(torch.float32)
+            exact = measure.oracle(built, built.tensors, [], False)
+            with torch.no_grad():
+                found = built.frozen()(*built.tensors[: built.inputs])
+            assert measure.error([found], exact) < 1e-5, problem.id
+
+
+def test_beside_its_own_float32():
+    (row,) = run_one("linear", "--dtype", "bfloat16", "--own-float32")
+    assert set(row["times"]) == {"fastnn", "frozen", "float32", "frozen32"}
+    assert table.ratio(row, "float32") > 0 and table.ratio(row, "frozen32", "frozen") > 0
+
+
+def test_parts_are_the_whole():
+    arguments = [*ARGUMENTS, "linear", "--no-onnx", "--only", "^tiny", "odd.skinny", "odd.tail", "--part"]
+    whole = [p.id for p in linear.PROBLEMS if run.chosen(p, run.parse([*arguments, "1/1"]))]
+    found = [row["id"] for i in (1, 2) for row in run.main([*arguments, f"{i}/2"])]
+    assert sorted(found) == sorted(whole) and len(whole) >= 4
+
+
+def test_kept_runs_are_shown_and_drawn(tmp_path, capsys):
+    file, chart = tmp_path / "kept.json", tmp_path / "chart.png"
+    kept = run_one("conv2d", "--json", str(file))
+    printed = capsys.readouterr().out
+    assert run.main(["--show", str(file)]) == kept
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] in printed and kept[0]["id"] in shown
+    pytest.importorskip("matplotlib")
+    run.main(["--show", str(file), "--plot", str(chart)])
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        run.main(["--show", "none.json", "--plot", "none.png"])
+
+
+# ---- variants --------------------------------------------------------------------------------------------------------
+
+
+def test_each_variant_beside_the_pick(capsys):
+    rows = run.main([*ARGUMENTS, "conv2d", "--variants", "--only", "tiny.8x64x64"])
+    assert [row["weights"] for row in rows] == ["plain", "frozen"] * 2  # NCHW, channels_last
+    for row in rows:
+        assert {row["pick"], "direct"} <= {*row["times"], *row["hopeless"]} and row["over"] >= 1
+    assert "picks within 5 % of the best" in capsys.readouterr().out
+
+
+def test_an_op_that_cannot_be_forced_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(variants, "algorithms", lambda op: ())
+    assert run.main([*ARGUMENTS, "linear", "--variants", "--only", "^tiny$"]) == []
+    assert "cannot be forced" in capsys.readouterr().out
+
+
+def test_forcing_goes_through_testing_where_it_offers_that(monkeypatch):
+    forced = []
+
+    class Forced:
+        def __init__(self, op, name):
+            forced.append((op, name))
+
+        def __enter__(self):
+            if forced[-1][1] == "other":
+                raise ValueError("it cannot serve this")
+
+        def __exit__(self, *exception):
+            pass
+
+    monkeypatch.setattr(testing, "algorithms", lambda op: ("one", "two", "other"), raising=False)
+    monkeypatch.setattr(testing, "forced", Forced, raising=False)
+    problem = next(problem for problem in linear.PROBLEMS if problem.id == "tiny")
+    row = variants.measure("linear", problem, "float32", "forward", 1, False, True)
+    assert set(row["times"]) | set(row["hopeless"]) == {"pick", "one", "two"} and ("linear", "other") in forced

@@ -1,0 +1,178 @@
+"""The linear and conv2d problems of models that people run, with awkward ones among them.
+
+Names are ``model.layer[.variant]``; ``.bN`` is a batch of N where the model's usual one is 1. Nothing here is imported by
+``import fastnn``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LinearCase(NamedTuple):
+    """``rows`` vectors of ``in_features`` to ``out_features``."""
+
+    name: str
+    rows: int
+    in_features: int
+    out_features: int
+    activation: str | None = None
+    bias: bool = True
+
+
+class Conv2dCase(NamedTuple):
+    """One convolution of an image ``[batch, channels, height, width]``."""
+
+    name: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    activation: str | None = None
+    bias: bool = True
+
+
+LINEAR = (
+    # transformers: encoders of text, images and speech
+    LinearCase("bert.qkv", 128, 768, 2304),
+    LinearCase("bert.up", 128, 768, 3072, "gelu"),
+    LinearCase("bert.down", 128, 3072, 768),
+    LinearCase("bert.up.b8", 1024, 768, 3072, "gelu"),
+    LinearCase("bert.pooler", 1, 768, 768, "tanh"),
+    LinearCase("bert.classes.b32", 32, 768, 2),
+    LinearCase("minilm.qkv.b1", 24, 384, 1152),
+    LinearCase("minilm.up.b1", 24, 384, 1536, "gelu"),
+    LinearCase("minilm.down.b1", 24, 1536, 384),
+    LinearCase("minilm.up.b32", 480, 384, 1536, "gelu"),
+    LinearCase("vit.qkv", 197, 768, 2304),
+    LinearCase("vit.down", 197, 3072, 768),
+    LinearCase("whisper.tiny.up", 1500, 384, 1536, "gelu"),
+    LinearCase("whisper.tiny.logits.decode", 1, 384, 51865, None, False),
+    LinearCase("wav2vec.project", 49, 512, 768),
+    LinearCase("conformer.up", 199, 256, 1024, "silu"),
+    # transformers: decoders
+    LinearCase("gpt2.qkv.decode", 1, 768, 2304),
+    LinearCase("gpt2.up.decode", 1, 768, 3072, "gelu_tanh"),
+    LinearCase("gpt2.up.prefill", 64, 768, 3072, "gelu_tanh"),
+    LinearCase("llama3.q.decode", 1, 2048, 2048, None, False),
+    LinearCase("llama3.kv.decode", 1, 2048, 512, None, False),
+    LinearCase("llama3.gate.decode", 1, 2048, 8192, "silu", False),
+    LinearCase("llama3.down.decode", 1, 8192, 2048, None, False),
+    LinearCase("llama3.down.decode.b3", 3, 8192, 2048, None, False),
+    LinearCase("llama3.kv.prefill", 128, 2048, 512, None, False),
+    LinearCase("llama3.gate.prefill", 64, 2048, 8192, "silu", False),
+    LinearCase("llama.gate.decode", 1, 2048, 5632, "silu", False),
+    LinearCase("llama.o.decode.b8", 8, 2048, 2048, None, False),
+    # heads of image and sound models
+    LinearCase("resnet50.fc", 1, 2048, 1000),
+    LinearCase("resnet18.fc.b7", 7, 512, 1000),
+    LinearCase("mobilenetv2.classifier", 32, 1280, 1000),
+    LinearCase("vit.head", 1, 768, 1000),
+    LinearCase("digits.hidden", 256, 64, 128, "relu"),
+    LinearCase("digits.head", 256, 128, 10),
+    LinearCase("kws.head", 1, 128, 12),
+    LinearCase("deepspeech.dense", 64, 2048, 2048, "relu6"),
+    LinearCase("deepspeech.letters", 64, 2048, 29),
+    LinearCase("xvector.embed.b3", 3, 3000, 512, "relu"),
+    # pixels and patches as rows
+    LinearCase("convnext.expand", 3136, 96, 384, "gelu"),
+    LinearCase("mixer.tokens", 768, 196, 384, "gelu"),
+    # tables and recommendations
+    LinearCase("dlrm.bottom", 128, 13, 512, "relu"),
+    LinearCase("dlrm.top", 128, 479, 1024, "relu"),
+    LinearCase("dlrm.click", 128, 256, 1, "sigmoid"),
+    LinearCase("tabular.first", 512, 54, 128, "relu"),
+    LinearCase("tabular.hidden.b3", 3, 105, 64, "relu"),
+    LinearCase("tabular.classes", 512, 128, 7),
+    # sizes that no model asked for
+    LinearCase("square.1024", 1024, 1024, 1024),
+    LinearCase("tiny", 1, 16, 16),
+    LinearCase("tiny.relu", 4, 32, 32, "relu"),
+    LinearCase("tiny.8x64x64", 8, 64, 64),
+    LinearCase("odd.primes", 127, 257, 509, "silu"),
+    LinearCase("odd.primes.b7", 7, 1009, 1013),
+    LinearCase("odd.tail", 13, 769, 17),
+    LinearCase("odd.thin", 4096, 3, 5, "relu"),
+    LinearCase("odd.skinny", 512, 64, 1),
+)
+
+CONV2D = (
+    # ResNet-50, ResNet-18
+    Conv2dCase("resnet50.stem", 1, 3, 224, 224, 64, (7, 7), 2, 3, activation="relu"),
+    Conv2dCase("resnet50.3x3.56", 1, 64, 56, 56, 64, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("resnet50.3x3.14", 1, 256, 14, 14, 256, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("resnet50.3x3.7", 1, 512, 7, 7, 512, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("resnet50.3x3.28.b8", 8, 128, 28, 28, 128, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("resnet50.3x3.s2", 1, 128, 56, 56, 128, (3, 3), 2, 1, activation="relu"),
+    Conv2dCase("resnet50.1x1.56", 1, 256, 56, 56, 64, (1, 1), activation="relu"),
+    Conv2dCase("resnet50.1x1.14", 1, 256, 14, 14, 1024, (1, 1)),
+    Conv2dCase("resnet50.1x1.s2", 1, 256, 56, 56, 512, (1, 1), 2),
+    Conv2dCase("resnet50.1x1.7.b8", 8, 2048, 7, 7, 512, (1, 1), activation="relu"),
+    Conv2dCase("resnet18.3x3.28.b3", 3, 128, 28, 28, 128, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("resnet18.3x3.s2", 1, 64, 56, 56, 128, (3, 3), 2, 1, activation="relu"),
+    Conv2dCase("resnet18.1x1.s2", 1, 64, 56, 56, 128, (1, 1), 2),
+    # VGG-16
+    Conv2dCase("vgg16.first", 1, 3, 224, 224, 64, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("vgg16.3x3.112", 1, 64, 112, 112, 128, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("vgg16.3x3.28", 1, 256, 28, 28, 512, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("vgg16.3x3.14", 1, 512, 14, 14, 512, (3, 3), 1, 1, activation="relu"),
+    # MobileNet
+    Conv2dCase("mobilenetv2.stem", 1, 3, 224, 224, 32, (3, 3), 2, 1, activation="relu6"),
+    Conv2dCase("mobilenetv2.expand", 1, 24, 56, 56, 144, (1, 1), activation="relu6"),
+    Conv2dCase("mobilenetv2.depthwise", 1, 144, 56, 56, 144, (3, 3), 1, 1, groups=144, activation="relu6"),
+    Conv2dCase("mobilenetv2.depthwise.7", 1, 960, 7, 7, 960, (3, 3), 1, 1, groups=960, activation="relu6"),
+    Conv2dCase("mobilenetv2.depthwise.s2", 1, 96, 112, 112, 96, (3, 3), 2, 1, groups=96, activation="relu6"),
+    Conv2dCase("mobilenetv2.project", 1, 144, 56, 56, 24, (1, 1)),
+    Conv2dCase("mobilenetv2.last", 1, 320, 7, 7, 1280, (1, 1), activation="relu6"),
+    Conv2dCase("mobilenetv3.stem", 1, 3, 224, 224, 16, (3, 3), 2, 1, activation="hardswish"),
+    Conv2dCase("mobilenetv3.depthwise5.b3", 3, 120, 28, 28, 120, (5, 5), 1, 2, groups=120, activation="hardswish"),
+    Conv2dCase("mobilenetv3.squeeze", 1, 672, 1, 1, 168, (1, 1), activation="relu"),
+    # EfficientNet
+    Conv2dCase("efficientnet.expand", 1, 40, 28, 28, 240, (1, 1), activation="silu"),
+    Conv2dCase("efficientnet.project", 1, 672, 14, 14, 112, (1, 1)),
+    Conv2dCase("efficientnet.depthwise5", 1, 240, 28, 28, 240, (5, 5), 1, 2, groups=240, activation="silu"),
+    Conv2dCase("efficientnet.depthwise5.s2", 1, 672, 14, 14, 672, (5, 5), 2, 2, groups=672, activation="silu"),
+    # ConvNeXt, ViT
+    Conv2dCase("convnext.stem", 1, 3, 224, 224, 96, (4, 4), 4),
+    Conv2dCase("convnext.down", 1, 96, 56, 56, 192, (2, 2), 2),
+    Conv2dCase("convnext.depthwise7", 1, 96, 56, 56, 96, (7, 7), 1, 3, groups=96),
+    Conv2dCase("convnext.depthwise7.14", 1, 384, 14, 14, 384, (7, 7), 1, 3, groups=384),
+    Conv2dCase("vit.patches", 1, 3, 224, 224, 768, (16, 16), 16),
+    # masks and boxes: UNet, DeepLab, YOLO
+    Conv2dCase("unet.first", 1, 1, 128, 128, 32, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("unet.3x3.128", 1, 32, 128, 128, 32, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("unet.3x3.concat", 1, 128, 64, 64, 64, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("unet.mask", 1, 32, 128, 128, 2, (1, 1)),
+    Conv2dCase("deeplab.dilated", 1, 256, 28, 28, 256, (3, 3), 1, 2, 2, activation="relu"),
+    Conv2dCase("deeplab.pyramid", 1, 320, 33, 33, 128, (3, 3), 1, 12, 12, activation="relu"),
+    Conv2dCase("deeplab.depthwise.dilated", 1, 576, 33, 33, 576, (3, 3), 1, 4, 4, groups=576, activation="relu6"),
+    Conv2dCase("yolo.stem", 1, 3, 320, 320, 16, (3, 3), 2, 1, activation="silu"),
+    Conv2dCase("yolo.3x3.40", 1, 64, 40, 40, 64, (3, 3), 1, 1, activation="silu"),
+    Conv2dCase("yolo.3x3.s2", 1, 64, 40, 40, 128, (3, 3), 2, 1, activation="silu"),
+    Conv2dCase("yolo.boxes", 1, 128, 20, 20, 255, (1, 1)),
+    # groups
+    Conv2dCase("resnext.grouped", 1, 256, 28, 28, 256, (3, 3), 1, 1, groups=32, activation="relu"),
+    Conv2dCase("resnext.grouped.s2", 1, 512, 28, 28, 512, (3, 3), 2, 1, groups=32, activation="relu"),
+    Conv2dCase("regnet.grouped", 1, 208, 14, 14, 208, (3, 3), 1, 1, groups=13, activation="relu"),
+    Conv2dCase("shufflenet.1x1.grouped", 1, 240, 28, 28, 240, (1, 1), groups=3, activation="relu"),
+    # digits, sound
+    Conv2dCase("digits.conv1", 64, 1, 8, 8, 32, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("digits.conv2", 64, 32, 4, 4, 64, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("kws.conv", 1, 1, 49, 10, 64, (10, 4), 2, 1, activation="relu"),
+    Conv2dCase("kws.depthwise", 1, 64, 25, 5, 64, (3, 3), 1, 1, groups=64, activation="relu"),
+    Conv2dCase("deepspeech.conv", 1, 1, 161, 101, 32, (41, 11), 2, activation="relu6"),
+    Conv2dCase("wav2vec.conv", 1, 512, 1, 399, 512, (1, 3), 2, activation="gelu"),
+    # sizes that no model asked for
+    Conv2dCase("tiny.1x16x16", 1, 1, 16, 16, 8, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("tiny.8x64x64", 1, 8, 64, 64, 8, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("odd.primes", 3, 13, 29, 31, 17, (3, 5), 1, 2, activation="silu"),
+    Conv2dCase("odd.3x3.b7", 7, 37, 15, 13, 41, (3, 3), 1, 1, activation="relu"),
+    Conv2dCase("odd.depthwise.b3", 3, 37, 17, 23, 37, (3, 3), 1, 1, groups=37),
+    Conv2dCase("odd.wide", 1, 5, 1, 1021, 7, (1, 9)),
+)

@@ -1,0 +1,131 @@
+"""The memory of a call: it is counted (bench/memory.py), and linear's and conv2d's is no more than a few blocks."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bench import memory
+from fastnn import _C, testing
+from fastnn.functional import linear
+from fastnn.testing import CONV2D, LINEAR
+
+OPS = torch.ops.fastnn
+
+
+def test_the_memory_of_a_call_is_what_it_holds_beyond_its_results():
+    x = torch.randn(1000)
+    assert memory.extra(lambda: [x.exp()]) == 0
+    assert memory.extra(lambda: [x.exp().exp()]) == 4000
+    assert memory.extra(lambda: [x.exp().exp_(), None]) == 0
+    assert memory.extra(lambda: [x.double().exp().float()]) == 12000
+    assert memory.extra(lambda: [x.exp()]) == 0, "nothing is left counted"
+
+
+def test_tensors_outlive_the_counting():
+    kept, x = [], torch.randn(3000)
+    assert memory.extra(lambda: kept.append(x.neg()) or []) == 12000
+    torch.testing.assert_close(kept.pop(), -x)
+    before = [torch.randn(100) for _ in range(3)]
+    assert memory.extra(lambda: before.clear() or [x.neg()]) == 0, "what was there before does not count when it goes"
+
+
+def test_buffers_of_kernels_are_counted():
+    x, weight = torch.randn(64, 512), torch.randn(128, 512)
+    taken = memory.extra(lambda: [linear(x, weight)])
+    assert taken > 0
+    _C.probe_scratch_reset()
+    assert _C.probe_scratch_peak() == 0
+    linear(x, weight)
+    assert _C.probe_scratch_peak() == taken
+
+
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+# A call may hold, beyond inputs and results, twice what it needs: its weights packed once in the type of the sums, in
+# whole panels of 32 outputs, and a few blocks of tiles, each half of a 512 KiB L2, or as large as the largest tensor where
+# that is less, but a panel of 256 x 16 at least. What the forward saves for the backward is an input of the backward. On
+# one thread: each more may have blocks of its own.
+BLOCKS, BLOCK, PANEL = 4, 256 << 10, 16 << 10
+
+
+def allowed(outputs: int, depth: int, *tensors: torch.Tensor) -> int:
+    """Return the bound in bytes: ``depth`` is input channels times taps, of one group."""
+    packed = 4 * -(-outputs // 32) * 32 * depth
+    largest = 4 * max(tensor.numel() for tensor in tensors)
+    return 2 * (packed + BLOCKS * min(BLOCK, max(PANEL, largest)))
+
+
+# Calls that hold more today, by family, direction, dtype and layout. A call that no longer does leaves the list.
+# linear: grad_output times the activation's derivative as a whole matrix. conv2d: the same as a whole image; and the blocks
+# of the weight gradient, sized for L3.
+CONV2D_OVER = {
+    "resnet50.stem",
+    "resnet50.3x3.28.b8",
+    "vgg16.first",
+    "vgg16.3x3.112",
+    "unet.first",
+    "deeplab.depthwise.dilated",
+    "deepspeech.conv",
+}
+OVER: dict[tuple, set[str]] = {
+    ("linear", "backward", "float32"): {"whisper.tiny.up", "convnext.expand"},
+    ("linear", "backward", "bfloat16"): {"convnext.expand"},
+    ("conv2d", "backward", "float32", "contiguous_format"): {*CONV2D_OVER, "unet.3x3.128"},
+    ("conv2d", "backward", "float32", "channels_last"): CONV2D_OVER,
+}
+
+
+def held(direction, ops, tensors, arguments, activation) -> tuple[int, torch.Tensor]:
+    """Return the bytes that the forward or the backward holds at most, and the output."""
+    forward, train, backward = ops
+    if direction == "forward":
+        results = []
+        taken = memory.extra(lambda: results.append(forward(*tensors, *arguments, activation)) or results)
+        return taken, results[0]
+    output, saved = train(*tensors, *arguments, activation)
+    saved = output if activation in ("relu", "relu6", "sigmoid", "tanh") else saved if activation else None
+    grad, mask = torch.zeros_like(output), [True, True, tensors[2] is not None]
+    return memory.extra(lambda: backward(grad, *tensors, saved, *arguments, activation, mask)), output
+
+
+def check(found: dict[str, tuple[int, int]], *setting) -> None:
+    """Assert that no call holds more than its bound but those of the list: ``found`` has both in bytes, by name."""
+    over = {name: f"{taken >> 10} of {bound >> 10} KiB" for name, (taken, bound) in found.items() if taken > bound}
+    known = OVER.get(setting, set())
+    assert set(over) <= known, f"{setting}: over the bound are {over}"
+    assert set(over) >= known, f"{setting}: no longer over the bound, so to be taken off the list: {known - set(over)}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_linear_holds_a_few_blocks(direction, dtype):
+    zeros, found = partial(torch.zeros, dtype=getattr(torch, dtype)), {}
+    for case in LINEAR if dtype == "float32" else LINEAR[::2]:
+        x, weight = zeros(case.rows, case.in_features), zeros(case.out_features, case.in_features)
+        tensors = (x, weight, zeros(case.out_features) if case.bias else None)
+        with testing.threads(1):
+            ops = (OPS.linear, OPS.linear_train, OPS.linear_backward)
+            taken, output = held(direction, ops, tensors, (), case.activation)
+        found[case.name] = taken, allowed(case.out_features, case.in_features, x, weight, output)
+    check(found, "linear", direction, dtype)
+
+
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_conv2d_holds_a_few_blocks(direction, dtype, layout):
+    zeros, found = partial(torch.zeros, dtype=getattr(torch, dtype)), {}
+    for case in CONV2D if dtype == "float32" else CONV2D[::3]:
+        x = zeros(case.batch, case.channels, case.height, case.width)
+        weight = zeros(case.out_channels, case.channels // case.groups, *case.kernel)
+        x, weight = (t.contiguous(memory_format=getattr(torch, layout)) for t in (x, weight))
+        tensors = (x, weight, zeros(case.out_channels) if case.bias else None)
+        geometry = ([case.stride] * 2, [case.padding] * 4, [case.dilation] * 2, case.groups)
+        with testing.threads(1):
+            ops = (OPS.conv2d, OPS.conv2d_train, OPS.conv2d_backward)
+            taken, output = held(direction, ops, tensors, geometry, case.activation)
+        # Winograd's weights are transformed: 6 x 6 for 3 x 3
+        taps = 36 if _C._conv2d_algorithm(x, weight, *geometry) == "winograd" else weight[0, 0].numel()
+        found[case.name] = taken, allowed(case.out_channels, weight.shape[1] * taps, x, weight, output)
+    check(found, "conv2d", direction, dtype, layout)
