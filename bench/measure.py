@@ -203,7 +203,7 @@ def calls(function, tensors, training):
 
 def take_turns(providers: dict, quick: bool, base: str = "fastnn") -> dict[str, dict[str, float]]:
     """Let every provider run in turn, many times, and return the percentiles of the seconds of a call."""
-    turn, rounds = (0.002, 7) if quick else (0.01, 21)
+    turn, rounds = (0.004, 11) if quick else (0.01, 21)
     counts = {}
     for name, run in providers.items():
         run(1)  # warm
