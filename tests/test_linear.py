@@ -116,7 +116,9 @@ def test_bias_of_one_element_is_broadcast():
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_nothing_is_touched_out_of_bounds(isa, side, dtype):
     with testing.forced_isa(isa):
-        for m, n, k in [(1, 1, 1), (1, 17, 33), (3, 5, 70), (7, 9, 11), (19, 33, 65), (5, 40, 300), (30, 3, 70)]:
+        shapes = [(1, 1, 1), (1, 17, 33), (3, 5, 70), (7, 9, 11), (19, 33, 65), (5, 40, 300), (30, 3, 70)]
+        shapes += [(1, 5, 16), (2, 6, 71), (4, 9, 130), (6, 70, 9), (12, 16, 64), (261, 4, 34)]  # of the backward
+        for m, n, k in shapes:
             tensors = [testing.guarded(t, side) for t in make(m, n, k, dtype)]
             x, w, b = (t.requires_grad_() for t in tensors)
             grad = testing.guarded(testing.random((m, n), dtype), side)
@@ -153,6 +155,44 @@ def test_backward(isa, dtype, activation):
             testing.assert_close_to_oracle(one, want, size * scale + 1e-3, its, name=f"{isa} {m}x{n}x{k} d{name}")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_backward_in_blocks_of_rows(isa, activation):
+    """More rows than one K block of the weight's gradient holds: blocks are accumulated, half dtypes' in float32."""
+    for dtype in testing.DTYPES:
+        for m, n, k in [(257, 7, 40), (600, 33, 19)]:
+            x, w, b = make(m, n, k, dtype)
+            grad = testing.random((m, n), dtype)
+            with testing.forced_isa(isa):
+                ours = grads_of(lambda x, w, b: linear(x, w, b, activation=activation), x, w, b, grad)
+            double = [t.double() for t in (x, w, b, grad)]
+            oracle = grads_of(lambda x, w, b: reference.linear(x, w, b, activation), *double)
+            stock = grads_of(lambda x, w, b: reference.activate(F.linear(x, w, b), activation), x, w, b, grad)
+            g, scale = double[3].abs() * 1.2, 1.0
+            if dtype in testing.HALF_DTYPES:
+                scale += 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 8
+            magnitudes = (g @ double[1].abs(), g.t() @ double[0].abs(), g.sum(0))
+            for name, one, want, its, size in zip("xwb", ours, oracle, stock, magnitudes, strict=True):
+                testing.assert_close_to_oracle(one, want, size * scale + 1e-3, its, name=f"{isa} {dtype} {m} d{name}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_gradients_of_whole_numbers_are_exact_at_every_edge(isa, dtype):
+    """Few rows (streamed) and more (tiles), around a vector and around the accumulators' chunk: to the last bit."""
+    high = 2 if dtype in testing.HALF_DTYPES else 5
+    with testing.forced_isa(isa):
+        for m in (1, 2, 3, 4, 5, 8, 13):
+            for n, k in [(1, 1), (3, 7), (4, 8), (5, 9), (8, 16), (6, 17), (9, 31), (2, 64), (7, 65), (3, 71), (2, 257),
+                         (5, 320), (3, 323), (2, 1029), (33, 40)]:  # fmt: skip
+                x, w, grad = (testing.integers(size, dtype, high=high) for size in ((m, k), (n, k), (m, n)))
+                dx, dw, db = ops.linear_backward(grad, x, w, grad[0], None, None, [True, True, True])
+                g, wide = grad.double(), f"{isa} {dtype} {m}x{n}x{k}"
+                assert torch.equal(dx, (g @ w.double()).to(dtype)), wide
+                assert torch.equal(dw, (g.t() @ x.double()).to(dtype)), wide
+                assert torch.equal(db, g.sum(0).to(dtype)), wide
+
+
 @pytest.mark.parametrize("activation", [None, *testing.ACTIVATIONS])
 def test_gradcheck(activation):
     x, w, b = (t.requires_grad_() for t in make(4, 3, 5, torch.float64))
@@ -169,7 +209,7 @@ def test_gradients_with_odd_strides():
     assert torch.autograd.gradcheck(lambda x, w: linear(x[:, ::2], w.t()[:, ::2]).expand(2, 5, 4), (x, w))
 
 
-@pytest.mark.parametrize("shape", [(3, 200, 300), (64, 300, 700), (257, 65, 128), (500, 7, 90)])
+@pytest.mark.parametrize("shape", [(3, 200, 300), (1, 900, 1031), (64, 300, 700), (257, 65, 128), (500, 7, 90)])
 def test_threads_change_no_bit(shape):
     results = []
     for count in (1, 2, 3, 5):
