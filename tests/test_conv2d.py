@@ -73,6 +73,9 @@ PROBLEMS = [
     ((2, 9, 12, 15), 9, 3, 1, 1, 1, 9),
     ((1, 17, 14, 14), 17, 5, 2, 2, 1, 17),
     ((1, 5, 16, 35), 15, 3, (2, 1), 1, (1, 2), 5),
+    ((1, 33, 7, 7), 33, 3, 1, 1, 1, 33),  # depthwise along channels; the next two along rows
+    ((1, 10, 3, 70), 10, 3, 1, 1, 1, 10),
+    ((2, 9, 2, 3), 9, 5, 2, 3, 1, 9),
     ((2, 16, 8, 9), 24, 3, 1, 2, 1, 4),
     ((1, 24, 7, 8), 8, 3, 2, 1, 1, 8),
     ((1, 2, 1, 1), 3, 3, 1, 1, 1, 1),
@@ -159,6 +162,27 @@ def test_whole_numbers_are_exact_at_every_edge_of_the_tile(isa, layout):
                 for stride in (1, 2, (1, 3)):
                     ours, stock = conv2d(x, w, b, stride, 1, 1, c), F.conv2d(x, w, b, stride, 1, 1, c)
                     assert torch.equal(ours, stock), (isa, layout, c, size, stride)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_depthwise_is_exact_at_every_size(isa):
+    """Images around a vector of pixels, channels around a vector: along channels, along rows, and strided gradients."""
+    draw = random.Random(isa)
+    with testing.forced_isa(isa):
+        for height, width in itertools.product((1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 21), repeat=2):
+            channels, kernel = draw.choice((1, 3, 7, 8, 9, 16, 17)), draw.choice((1, 2, 3, 5, 7))
+            stride, padding, dilation = draw.choice((1, 1, 2, 3)), draw.randint(0, 4), draw.choice((1, 1, 2))
+            if min(height, width) + 2 * padding < (kernel - 1) * dilation + 1:
+                continue
+            dtype, geometry = draw.choice((torch.float32, torch.float64)), (stride, padding, dilation, channels)
+            x, w, b = make(2, channels, height, width, channels, kernel, channels, dtype, draw=testing.integers)
+            leaves = [t.requires_grad_() for t in (x, w, b)]
+            stock, ours = F.conv2d(*leaves, *geometry), conv2d(*leaves, *geometry)
+            name = f"{isa} {dtype} {channels}x{height}x{width} {kernel} {geometry}"
+            assert torch.equal(ours, stock), name
+            grad = testing.integers(stock.shape, dtype)
+            for one, want in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, stock)), strict=True):
+                assert torch.equal(one, want), name
 
 
 @pytest.mark.parametrize("dtype", testing.HALF_DTYPES)

@@ -10,20 +10,9 @@
 // Bound by memory for 3x3 depthwise; by loads (one a multiply-add) where many taps or channels meet.
 #pragma once
 
-#include "cpu/conv2d_tile.inl"
+#include "cpu/conv2d_depthwise.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
-
-struct TapBox {
-  int64_t y0, y1, x0, x1;  // least and largest dy, dx
-  template <class T>
-  explicit TapBox(const Conv2dPass<T>& p) : y0(p.taps[0].dy), y1(y0), x0(p.taps[0].dx), x1(x0) {
-    for (int64_t t = 1; t < p.tap_count; ++t) {
-      y0 = std::min(y0, p.taps[t].dy), y1 = std::max(y1, p.taps[t].dy);
-      x0 = std::min(x0, p.taps[t].dx), x1 = std::max(x1, p.taps[t].dx);
-    }
-  }
-};
 
 // ---- NCHW ----------------------------------------------------------------------------------------------------------
 
@@ -154,6 +143,7 @@ struct DirectNchw {
 
 template <class T>
 void conv2d_direct_nchw(const Conv2dPass<T>& p) {
+  if (DepthwiseNchw<T>::serves(p)) return conv2d_depthwise_nchw(p);
   const WeightRows<T> rows(p);
   const DirectNchw<T> kernel(p, rows.data);
   std::atomic<int64_t> next{0};
