@@ -76,6 +76,8 @@ PROBLEMS = [
     ((1, 33, 7, 7), 33, 3, 1, 1, 1, 33),  # depthwise along channels; the next two along rows
     ((1, 10, 3, 70), 10, 3, 1, 1, 1, 10),
     ((2, 9, 2, 3), 9, 5, 2, 3, 1, 9),
+    ((2, 3, 9, 61), 14, 3, 2, 1, 1, 1),  # few channels, wide rows
+    ((1, 10, 4, 31), 8, (3, 2), 1, (1, 2), 1, 2),
     ((2, 16, 8, 9), 24, 3, 1, 2, 1, 4),
     ((1, 24, 7, 8), 8, 3, 2, 1, 1, 8),
     ((1, 2, 1, 1), 3, 3, 1, 1, 1, 1),
@@ -179,6 +181,30 @@ def test_depthwise_is_exact_at_every_size(isa):
             leaves = [t.requires_grad_() for t in (x, w, b)]
             stock, ours = F.conv2d(*leaves, *geometry), conv2d(*leaves, *geometry)
             name = f"{isa} {dtype} {channels}x{height}x{width} {kernel} {geometry}"
+            assert torch.equal(ours, stock), name
+            grad = testing.integers(stock.shape, dtype)
+            for one, want in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, stock)), strict=True):
+                assert torch.equal(one, want), name
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_channels_are_exact_at_every_width(isa):
+    """Rows around one, two and four vectors of pixels, output channels around the tile, strides, dilation, groups."""
+    draw = random.Random(isa)
+    with testing.forced_isa(isa):
+        for width in (*range(4, 20), 23, 31, 32, 33, 47, 63, 64, 65, 130):
+            channels, out, groups = draw.randint(1, 5), draw.randint(4, 15), draw.choice((1, 1, 2))
+            kernel, stride = (draw.randint(1, 4), draw.randint(1, 7)), (draw.randint(1, 3), draw.randint(1, 3))
+            padding, dilation, height = (draw.randint(0, 2), draw.randint(0, 3)), (1, draw.choice((1, 1, 2))), 9
+            if width + 2 * padding[1] < (kernel[1] - 1) * dilation[1] + 1:
+                continue
+            dtype, geometry = draw.choice((torch.float32, torch.float64)), (stride, padding, dilation, groups)
+            x, w, b = make(
+                2, channels * groups, height, width, out * groups, kernel, groups, dtype, draw=testing.integers
+            )
+            leaves = [t.requires_grad_() for t in (x, w, b)]
+            stock, ours = F.conv2d(*leaves, *geometry), conv2d(*leaves, *geometry)
+            name = f"{isa} {dtype} {channels}x{width}->{out} {kernel} {geometry}"
             assert torch.equal(ours, stock), name
             grad = testing.integers(stock.shape, dtype)
             for one, want in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, stock)), strict=True):

@@ -27,13 +27,13 @@ struct DirectNchw {
   int64_t band, bands;        // output rows of a band
   Scratch<int64_t> offsets;   // of each (channel, tap) in the block
 
-  DirectNchw(const Conv2dPass<T>& pass, const C* weight_rows)
+  DirectNchw(const Conv2dPass<T>& pass, const C* weight_rows, int64_t least_band = 8)
       : p(pass), rows(weight_rows), box(pass), offsets(pass.depth()) {
     width = (p.OW + L - 1) / L * L + (box.x1 - box.x0) / p.step_w;
     row = width * p.step_w;
     const int64_t reach = box.y1 - box.y0 + 1;
     const int64_t fit = 32768 / std::max<int64_t>(p.in * row * int64_t(sizeof(C)), 1);  // rows that fit in L1
-    band = std::clamp<int64_t>((fit - reach) / p.step_h + 1, 8, std::max<int64_t>(p.OH, 8));
+    band = std::clamp<int64_t>((fit - reach) / p.step_h + 1, least_band, std::max(p.OH, least_band));
     bands = (p.OH + band - 1) / band;
     band = (p.OH + bands - 1) / bands;
     plane = ((band - 1) * p.step_h + reach) * row;

@@ -1,9 +1,9 @@
 // From the params of a convolution to the pass that the kernels run.
 #pragma once
 
-#include "cpu/conv2d_direct.inl"
 #include "cpu/conv2d_implicit_nchw.inl"
 #include "cpu/conv2d_implicit_nhwc.inl"
+#include "cpu/conv2d_rows.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -74,7 +74,8 @@ void run_pass(const Conv2dPass<T>& pass, Conv2dAlgorithm algorithm, bool channel
   if (pass.N * pass.groups * pass.out * pass.OH * pass.OW == 0) return;
   if (algorithm == Conv2dAlgorithm::Direct && pass.in > 0)
     return channels_last ? conv2d_direct_nhwc(pass) : conv2d_direct_nchw(pass);
-  return channels_last ? conv2d_implicit_nhwc(pass) : conv2d_implicit_nchw(pass);
+  if (channels_last) return conv2d_implicit_nhwc(pass);
+  RowsNchw<T>::serves(pass) ? conv2d_rows_nchw(pass) : conv2d_implicit_nchw(pass);
 }
 
 }  // namespace fastnn::cpu::FASTNN_ISA
