@@ -57,8 +57,7 @@ def allowed(outputs: int, depth: int, *tensors: torch.Tensor) -> int:
 
 
 # Calls that hold more today, by family, direction, dtype and layout. A call that no longer does leaves the list.
-# linear: grad_output times the activation's derivative as a whole matrix. conv2d: the same as a whole image; and the blocks
-# of the weight gradient, sized for L3.
+# conv2d: grad_output times the activation's derivative as a whole image; the blocks of the weight gradient, sized for L3.
 CONV2D_OVER = {
     "resnet50.stem",
     "resnet50.3x3.28.b8",
@@ -69,8 +68,6 @@ CONV2D_OVER = {
     "deepspeech.conv",
 }
 OVER: dict[tuple, set[str]] = {
-    ("linear", "backward", "float32"): {"whisper.tiny.up", "convnext.expand"},
-    ("linear", "backward", "bfloat16"): {"convnext.expand"},
     ("conv2d", "backward", "float32", "contiguous_format"): {*CONV2D_OVER, "unet.3x3.128"},
     ("conv2d", "backward", "float32", "channels_last"): CONV2D_OVER,
 }

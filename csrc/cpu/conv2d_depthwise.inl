@@ -4,6 +4,8 @@
 // channels is transposed, pixel by pixel, into a padded block [rows][columns][lanes] that stays in L1 or L2, every output
 // is taps FMAs on whole vectors, and eight (lanes) outputs at a time are transposed back on their way out.
 //
+// The weight's gradient meets the same block with grad_output, transposed too: an accumulator a tap, image after image.
+//
 // Bound by the loads of the taps, one an FMA; the transposes cost about as much as 3 x 3 taps do.
 #pragma once
 
@@ -47,6 +49,8 @@ struct DepthwiseNchw {
   static bool serves(const Conv2dPass<T>& p) {
     const bool dense = p.source_strides.column == 1 && p.source_strides.row == p.W;
     if (p.in != 1 || p.out != 1 || !dense || p.H * p.W < L) return false;
+    const bool in_order = p.target_strides.column == 1 && p.target_strides.row == p.OW;
+    if (!in_order && (p.pre_activation || p.activation != Activation::None)) return false;  // see write
     int64_t top, left, height, width;
     corner(p, TapBox(p), top, left, height, width);
     if (height * width * L * int64_t(sizeof(C)) > 131072) return false;
@@ -100,6 +104,71 @@ struct DepthwiseNchw {
     }
   }
 
+  int64_t sums_size() const { return p.tap_count * L; }
+
+  // The gradient of the weights of channels `task` * L …; `grad` has room for an image's outputs and sums_size().
+  void grad_weight(const Conv2dGradWeight<T>& g, int64_t task, C* block, C* grad) const {
+    int64_t channel[L];
+    for (int i = 0; i < L; ++i) channel[i] = std::min(task * L + i, p.groups - 1);
+    const int64_t outputs = p.OH * p.OW;
+    C* const sums = grad + outputs * L;
+    std::fill_n(sums, sums_size(), C(0));
+    for (int64_t image = 0; image < p.N; ++image) {
+      fill(p.source + image * p.source_strides.image, channel, block);
+      const T* line[L];
+      for (int i = 0; i < L; ++i)
+        line[i] = g.grad + image * p.target_strides.image + channel[i] * p.target_strides.channel;
+      for (int64_t q = 0; q < outputs; q += L) {
+        Vec<C> r[L];
+        const int64_t from = std::max<int64_t>(std::min(q, outputs - L), 0), count = std::min<int64_t>(outputs, L);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) r[i] = load_first(line[i] + from, count);
+        transpose_in_place<C>(r);
+        for (int64_t i = 0; i < count; ++i) store(grad + (from + i) * L, r[i]);
+      }
+      for (int64_t t = 0; t < p.tap_count; t += 8) {
+        if (p.tap_count - t >= 8)
+          add_taps<8>(t, block, grad, sums);
+        else
+          for (int64_t i = t; i < p.tap_count; ++i) add_taps<1>(i, block, grad, sums);
+      }
+    }
+    for (int64_t t = 0; t < p.tap_count; ++t)
+      for (int64_t i = 0; i < std::min<int64_t>(L, p.groups - task * L); ++i)
+        g.put(channel[i], 0, 0, t, sums[t * L + i]);
+  }
+
+  // sums[t] += Σ over the outputs of grad · input under tap t, for TAPS taps. One tap alone has four accumulators.
+  template <int TAPS>
+  FASTNN_INLINE void add_taps(int64_t first, const C* block, const C* grad, C* sums) const {
+    constexpr int COPIES = TAPS == 1 ? 4 : 1;
+    Vec<C> acc[TAPS * COPIES];
+    const C* tap[TAPS];
+#pragma GCC unroll 8
+    for (int i = 0; i < TAPS * COPIES; ++i) acc[i] = zero<C>();
+#pragma GCC unroll 8
+    for (int i = 0; i < TAPS; ++i) tap[i] = block + tap_at[first + i];
+    const int64_t outputs = p.OH * p.OW;
+    int64_t q = 0;
+    for (; q + COPIES <= outputs; q += COPIES)
+#pragma GCC unroll 4
+      for (int copy = 0; copy < COPIES; ++copy) {
+        const Vec<C> dy = load(grad + (q + copy) * L);
+        const int64_t at = output_at[q + copy];
+#pragma GCC unroll 8
+        for (int i = 0; i < TAPS; ++i) acc[i * COPIES + copy] = fma(dy, load(tap[i] + at), acc[i * COPIES + copy]);
+      }
+    for (; q < outputs; ++q)
+      for (int i = 0; i < TAPS; ++i)
+        acc[i * COPIES] = fma(load(grad + q * L), load(tap[i] + output_at[q]), acc[i * COPIES]);
+#pragma GCC unroll 8
+    for (int i = 0; i < TAPS; ++i) {
+      Vec<C> sum = acc[i * COPIES];
+      if constexpr (COPIES == 4) sum = (sum + acc[1]) + (acc[2] + acc[3]);
+      store(sums + (first + i) * L, load(sums + (first + i) * L) + sum);
+    }
+  }
+
   // Outputs FIRST … of at most eight, one accumulator each: their corners' addresses fit the integer registers.
   template <int FIRST>
   FASTNN_INLINE void sums(const C* const (&corner)[L], const C* weight, Vec<C> start, Vec<C> (&acc)[L]) const {
@@ -127,11 +196,12 @@ struct DepthwiseNchw {
       for (int i = 0; i < L; ++i) out[i][0] = acc[i];
       return store_rows<T, L, 1>(out, p, count, 1, [&](int i) { return base + channel[i] * st.channel + from; });
     }
-    for (int64_t j = 0; j < count; ++j) {  // a phase of a strided gradient
-      const int64_t place = base + (from + j) / p.OW * st.row + (from + j) % p.OW * st.column;
-      Vec<C> out[L][1];
-      for (int i = 0; i < L; ++i) out[i][0] = splat<C>(acc[i][j]);
-      store_rows<T, L, 1>(out, p, 1, 1, [&](int i) { return place + channel[i] * st.channel; });
+    // A phase of a strided gradient: neighbours are not neighbours there.
+    alignas(64) C lanes[L][L];
+    for (int i = 0; i < L; ++i) store(lanes[i], acc[i]);
+    for (int64_t j = 0; j < count; ++j) {
+      T* const pixel = p.target + base + (from + j) / p.OW * st.row + (from + j) % p.OW * st.column;
+      for (int i = 0; i < L; ++i) store_one(pixel + channel[i] * st.channel, lanes[i][j]);
     }
   }
 };

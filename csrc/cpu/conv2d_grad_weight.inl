@@ -5,7 +5,7 @@
 // NHWC: vectors along output channels; row i of the tile is input channel c + i, read for each pixel through the pointer
 // of the tap (float, double) or from a gathered copy (16 bits). grad_output is packed [panel][pixels][NR].
 // Direct (few channels a group): dot products over padded rows (NCHW), sums along spread lanes (NHWC); see
-// conv2d_direct.inl.
+// conv2d_direct.inl. Depthwise on small images in NCHW: conv2d_depthwise.inl.
 //
 // A task owns some of the weights and walks all pixels, block after block: nothing depends on the number of threads.
 #pragma once
@@ -13,19 +13,6 @@
 #include "cpu/conv2d_pass.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
-
-// The forward's pass (source is the input), grad_output in the place of its target, and where the sums go.
-template <class T>
-struct Conv2dGradWeight {
-  Conv2dPass<T> p;
-  const T* grad;  // strides p.target_strides
-  T* grad_weight;
-  ImageStrides strides;  // of k, c, r, s; a tap's offset is p.taps[t].weight
-
-  void put(int64_t group, int64_t k, int64_t c, int64_t t, Compute<T> sum) const {
-    store_one(grad_weight + (group * p.out + k) * strides.image + c * strides.channel + p.taps[t].weight, sum);
-  }
-};
 
 // ---- NCHW, dot products --------------------------------------------------------------------------------------------
 
@@ -440,6 +427,13 @@ void conv2d_grad_weight(const Conv2dGradWeight<T>& g, Conv2dAlgorithm algorithm,
       Scratch<C> spread(kernel.geometry.spread_size()), sums(p.depth() * kernel.geometry.chunk);
       Scratch<DirectTap<C>> taps(p.depth());
       loop([&](int64_t task) { kernel.run(task, spread, taps, sums); });
+    });
+  } else if (algorithm == Conv2dAlgorithm::Direct && DepthwiseNchw<T>::serves(p)) {
+    const DepthwiseNchw<T> kernel(p, nullptr);
+    each_task(kernel.blocks(), [&](const auto& loop) {
+      Scratch<C> block(kernel.block_size()), grad(p.OH * p.OW * kLanes<C> + kernel.sums_size());
+      std::fill_n(block.data(), kernel.block_size(), C(0));
+      loop([&](int64_t task) { kernel.grad_weight(g, task, block, grad); });
     });
   } else if (algorithm == Conv2dAlgorithm::Direct) {
     const DirectGradWeightNchw<T> kernel(g);

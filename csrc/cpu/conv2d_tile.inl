@@ -71,6 +71,19 @@ struct TapBox {
   }
 };
 
+// The forward's pass (source is the input), grad_output in the place of its target, and where the sums go.
+template <class T>
+struct Conv2dGradWeight {
+  Conv2dPass<T> p;
+  const T* grad;  // strides p.target_strides
+  T* grad_weight;
+  ImageStrides strides;  // of k, c, r, s; a tap's offset is p.taps[t].weight
+
+  void put(int64_t group, int64_t k, int64_t c, int64_t t, Compute<T> sum) const {
+    store_one(grad_weight + (group * p.out + k) * strides.image + c * strides.channel + p.taps[t].weight, sum);
+  }
+};
+
 // Hands out task numbers; which thread takes which does not matter to the result.
 template <class F>
 void for_each_task(int64_t tasks, int threads, const F& f) {

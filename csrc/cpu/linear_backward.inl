@@ -2,7 +2,7 @@
 //
 // With an activation the rows go in blocks of one K block of dW: g of a block is made once, in compute type, together
 // with its column sums, and both products read it from cache. Nothing of grad_output's size is kept; W is packed once
-// for all blocks. Without an activation g is grad_output as it lies, and the driver of gemm.inl does the blocking.
+// for all blocks (in 16-bit dtypes dW's sums take its place). Without an activation g is grad_output as it lies, and the driver of gemm.inl does the blocking.
 //
 // Few rows (kThinRows): arithmetic is nothing, traffic everything. W streams once along its rows into accumulators in
 // L1, dW streams out. Bound by memory.
@@ -201,10 +201,11 @@ void linear_backward_derived(const LinearBackward& p) {
   const int64_t MB = std::max<int64_t>(depth_of_block<C>(p.M), 1);
   const bool blocks = p.M > MB, sums_in_scratch = blocks && !std::is_same_v<T, C>;
   Scratch<C> g(MB * p.N), bias(p.grad_bias ? p.N : 0);
-  Scratch<C> packed(blocks && p.grad_input ? PackedB<C>::size(p.K, p.N) : 0);
+  const bool pack = blocks && p.grad_input && !sums_in_scratch;  // one matrix of the weight's size is enough
+  Scratch<C> packed(pack ? PackedB<C>::size(p.K, p.N) : 0);
   Scratch<C> weight_sums(sums_in_scratch && p.grad_weight ? p.N * p.K : 0);
   const StridedB<C, T> weight{static_cast<const T*>(p.weight), p.weight_row, p.weight_col};
-  if (blocks && p.grad_input) pack_all<C>(weight, p.K, p.N, packed.data(), p.threads);
+  if (pack) pack_all<C>(weight, p.K, p.N, packed.data(), p.threads);
   if (p.grad_bias) std::fill_n(bias.data(), p.N, C(0));
 
   int64_t m0 = 0;
@@ -218,7 +219,7 @@ void linear_backward_derived(const LinearBackward& p) {
     if (p.grad_input) {
       const StridedA<C, C> a{g, p.N, 1};
       const RowMajorStore<T, C> to{static_cast<T*>(p.grad_input) + m0 * p.K, p.K, nullptr, Activation::None, nullptr};
-      if (blocks)
+      if (pack)
         gemm<C>(rows, p.K, p.N, a, PackedB<C>{packed, p.K, p.N}, to, p.threads);
       else
         gemm<C>(rows, p.K, p.N, a, weight, to, p.threads);
