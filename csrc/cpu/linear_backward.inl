@@ -2,7 +2,8 @@
 //
 // With an activation the rows go in blocks of one K block of dW: g of a block is made once, in compute type, together
 // with its column sums, and both products read it from cache. Nothing of grad_output's size is kept; W is packed once
-// for all blocks (in 16-bit dtypes dW's sums take its place). Without an activation g is grad_output as it lies, and the driver of gemm.inl does the blocking.
+// for all blocks (in 16-bit dtypes the sums of dW take its place). Without an activation g is grad_output as it lies,
+// and the driver of gemm.inl does the blocking.
 //
 // Few rows (kThinRows): arithmetic is nothing, traffic everything. W streams once along its rows into accumulators in
 // L1, dW streams out. Bound by memory.
