@@ -284,10 +284,11 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, names: dict[int, str]) -> None:
 def freeze(module: nn.Module) -> nn.Module:
     """Declare the weights of fastnn's modules constant for inference, in place.
 
-    Weights are packed once. A ``BatchNorm2d`` that only follows one convolution is folded into it; an activation that
-    only follows convolutions and linear layers is computed by their kernels. Which module follows which is read off
-    ``forward`` by symbolic tracing; where that fails nothing is fused, and :func:`fastnn.explain` says so. Parameters
-    and the ``state_dict`` stay as they are: an edit of a weight is seen at the next call.
+    Weights of linear, convolution, attention and recurrent modules are packed once. A ``BatchNorm2d`` that only follows
+    one convolution is folded into it; an activation that only follows convolutions and linear layers is computed by
+    their kernels. Which module follows which is read off ``forward`` by symbolic tracing; where that fails nothing is
+    fused, and :func:`fastnn.explain` says so. Parameters and the ``state_dict`` stay as they are: an edit of a weight
+    is seen at the next call.
 
     Args:
         module: a module or a whole model, in evaluation mode.

@@ -326,3 +326,40 @@ def test_freezing_one_module():
         inputs = torch.randn(3, 8)
         torch.testing.assert_close(layer(inputs), F.gelu(F.linear(inputs, layer.weight, layer.bias)))
     assert not fastnn.restore(layer)._frozen and layer.activation == "gelu"
+
+
+class Tagger(nn.Module):
+    """Recurrent layers and a cell among other modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.act = nn.Linear(5, 6), nn.ReLU()
+        self.encoder = nn.LSTM(6, 7, num_layers=2, bidirectional=True, batch_first=True)
+        self.decoder, self.gate = nn.GRU(14, 8, batch_first=True), nn.GRUCell(8, 8)
+
+    def forward(self, inputs):
+        y = self.decoder(self.encoder(self.act(self.embed(inputs)))[0])[0]
+        return self.gate(y[:, -1])
+
+
+def test_recurrent_layers_of_a_model():
+    model, inputs = Tagger().eval(), torch.randn(3, 4, 5)
+    fast = frozen(model, inputs)
+    recurrent = (fast.encoder, fast.decoder, fast.gate)
+    assert all(m._pack for m in recurrent) and kinds(fast, FusedActivation) == ["act"]
+    assert all(r.served for r in fastnn.explain(fast)) and list(fast.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        for m in recurrent:
+            for p in m.parameters():
+                p.mul_(0.9)
+        expected = fastnn.restore(copy.deepcopy(fast))(inputs)
+        torch.testing.assert_close(fast(inputs), expected, atol=1e-5, rtol=1e-4)
+        twin = pickle.loads(pickle.dumps(fast))
+        torch.testing.assert_close(twin(inputs), expected, atol=1e-5, rtol=1e-4)
+        compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(inputs), expected, atol=1e-5, rtol=1e-4)
+    fastnn.restore(fast)
+    assert [type(m) for m in recurrent] == [nn.LSTM, nn.GRU, nn.GRUCell]
+    assert not any("_pack" in m.__dict__ or "_frozen" in m.__dict__ for m in fast.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(inputs), expected, atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.testing._internal.common_modules import module_db
 from torch.utils import _pytree
 
+import fastnn
 import fastnn.nn as fnn
 
 
@@ -410,6 +411,29 @@ def test_parameters_are_read_at_each_call(name):
         torch.func.functional_call(stock, replaced, args),
     )
     same(fast(*args), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen(name):
+    """Frozen, with packed copies kept: the same answers, and every edit takes effect."""
+    fast, stock = pair(name, dtype=torch.float64)
+    fastnn.freeze(fast.eval()), stock.eval()
+    args = inputs(name, torch.float64)
+    with torch.no_grad():
+        same(fast(*args), stock(*args))
+        assert all(m._pack for m in fast.modules() if isinstance(m, (fnn.Linear, fnn.RNN, fnn.LSTM, fnn.LSTMCell)))
+        for key, p in fast.named_parameters():
+            for q in (p, stock.get_parameter(key)):
+                q.mul_(0.5)
+            same(fast(*args), stock(*args))
+        state = {k: torch.randn_like(v) for k, v in stock.state_dict().items()}
+        for module in (fast, stock):
+            module.load_state_dict(copy.deepcopy(state), assign=True)
+        same(fast(*args), stock(*args))
+    same(derivatives(fast, args, {}), derivatives(stock, args, {}))
+    with torch.no_grad():
+        same(copy.deepcopy(fast)(*args), stock(*args))
+        same(fastnn.restore(fast)(*args), stock(*args))
 
 
 class _Doubled(nn.Module):

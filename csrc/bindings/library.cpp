@@ -12,6 +12,7 @@ void bind_conv2d(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_rnn(py::module_& m);
+void bind_frozen(py::module_& m);
 void bind_probe(py::module_& m);
 void bind_testing(py::module_& m);
 
@@ -36,6 +37,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_attention(m);
   bind_linear(m);
   bind_rnn(m);
+  bind_frozen(m);
   bind_probe(m);
   bind_testing(m);
   m.def("cpu_isas", cpu_isas, "ISAs whose kernels this CPU can run, the best last.");

@@ -15,5 +15,7 @@ static constexpr Variants<RnnKernels> variants = {{&rnn_baseline, nullptr, nullp
 
 void rnn_forward(const RnnParams& params) { variants.table().forward(params); }
 void rnn_backward(const RnnBackwardParams& params) { variants.table().backward(params); }
+int64_t rnn_packed_size(const RnnPack& params) { return variants.table().packed_size(params); }
+void rnn_pack(const RnnPack& params) { variants.table().pack(params); }
 
 }  // namespace fastnn::cpu

@@ -2,7 +2,8 @@
 //
 // For a block of steps at a time, so that it stays in L2: z = x W_ihᵀ + b of all rows, one matrix product. Then step by
 // step z += h W_hhᵀ, and gates, cells and h from z while it is in L1. Weights are packed once for the sequence, gates of
-// a vector of units next to each other (rnn_tile.inl); few rows do not repay that and use dot products (rnn_packs).
+// a vector of units next to each other (rnn_pack.inl); few rows do not repay that and use dot products (rnn_packs).
+// Frozen weights come packed.
 // z of a row: [panel][slots][lanes], slots: RNN two vectors of units; LSTM i f g o; GRU r z n and apart W_hn h + b_hn.
 //
 // Threads: a thread keeps to its rows or its units for the whole sequence, from x to h; where units are split, h is
@@ -14,48 +15,49 @@
 #include "cpu/activation.inl"
 #include "cpu/barrier.h"
 #include "cpu/rnn_kernels.h"
-#include "cpu/rnn_tile.inl"
+#include "cpu/rnn_pack.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
 template <class C, int G>
 struct RnnForward {
-  static constexpr int L = kLanes<C>;
-  static constexpr int NV = G == 1 ? 2 : G;         // vectors in a panel
-  static constexpr int SLOTS = G == 1 ? 2 : 4;      // vectors of z for a panel
-  static constexpr int UNITS = G == 1 ? 2 * L : L;  // units of a panel
-  static constexpr int PNV = 2, PUNITS = 2 * L;     // of the projection
+  using Panels = RnnPanels<C, G>;
+  static constexpr int L = Panels::L, NV = Panels::NV, SLOTS = Panels::SLOTS, UNITS = Panels::UNITS;
+  static constexpr int PNV = Panels::PNV, PUNITS = Panels::PUNITS;
 
   const RnnParams& p;
   const int64_t H = p.hidden_size, P = p.state_size, I = p.input_size, B = p.batch;
-  const bool packs = rnn_packs(p), project = p.weights[0].weight_hr != nullptr;
-  const int64_t panels = (H + UNITS - 1) / UNITS, ppanels = (P + PUNITS - 1) / PUNITS;
+  const bool given = p.weights[0].packed != nullptr;  // frozen
+  const bool packs = given || rnn_packs(p), project = p.weights[0].weight_hr != nullptr;
+  const bool panels_ih = packs && !(given && rnn_streams(p, p.rows, I));
+  const bool panels_hh = packs && !(given && rnn_streams(p, B, P));
+  const Panels layout{I, H, P, packs, project};
+  const int64_t panels = layout.panels, ppanels = layout.ppanels;
   const int64_t Hs = panels * UNITS, Ps = project ? ppanels * PUNITS : Hs;  // padded row of c, m and of h
   const RnnRows at{p};
 
   struct Direction {
-    C *w_ih, *w_hh, *w_hr, *bias;  // packed panels
-    C *h[2], *c, *m;               // [B][Ps], [B][Hs], [B][Hs]: σ(o) tanh(c) before the projection
+    C* memory;                           // to be packed into, null where the weights came packed
+    const C *w_ih, *w_hh, *w_hr, *bias;  // panels
+    C *h[2], *c, *m;                     // [B][Ps], [B][Hs], [B][Hs]: σ(o) tanh(c) before the projection
     Barrier barrier;
   };
   Direction sides[2] = {};
 
-  static int64_t unit(int64_t panel, int v) { return panel * UNITS + (G == 1 ? v * L : 0); }
-  static int gate(int v) { return G == 1 ? 0 : v; }
+  static int64_t unit(int64_t panel, int v) { return Panels::unit(panel, v); }
+  static int gate(int v) { return Panels::gate(v); }
 
   void run() {
-    const int64_t weights = packs ? panels * NV * L * (I + P) + (project ? ppanels * PUNITS * H : 0) : 0;
-    const int64_t state = B * (2 * Ps + Hs * (G == 4) + Hs * project), biases = panels * SLOTS * L;
-    const int64_t each = (weights + state + biases + 15) / 16 * 16;
+    const int64_t weights = given ? 0 : Panels::line(layout.size);
+    const int64_t each = weights + Panels::line(B * (2 * Ps + Hs * (G == 4) + Hs * project));
     Scratch<C> memory(each * p.directions);
     for (int d = 0; d < p.directions; ++d) {
       Direction& s = sides[d];
       C* next = memory + d * each;
       const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
-      s.w_ih = take(packs ? panels * NV * L * I : 0);
-      s.w_hh = take(packs ? panels * NV * L * P : 0);
-      s.w_hr = take(packs && project ? ppanels * PUNITS * H : 0);
-      s.bias = take(biases);
+      s.memory = given ? nullptr : take(weights);
+      s.w_ih = given ? static_cast<const C*>(p.weights[d].packed) : s.memory;
+      s.w_hh = s.w_ih + layout.w_hh, s.w_hr = s.w_ih + layout.w_hr, s.bias = s.w_ih + layout.bias;
       s.h[0] = take(B * Ps), s.h[1] = take(B * Ps);
       s.c = take(G == 4 ? B * Hs : 0);
       s.m = take(project ? B * Hs : 0);
@@ -76,37 +78,7 @@ struct RnnForward {
   // Packs this thread's share of the weights and biases, and lays out the initial state.
   void prepare(int d, int rank, int ranks) {
     Direction& s = sides[d];
-    const RnnWeights& w = p.weights[d];
-    const Range r = share(panels, 1, rank, ranks);
-    for (int64_t n = r.begin; n < r.end; ++n) {
-      int64_t row[NV], lanes[NV];
-      for (int v = 0; v < NV; ++v)
-        row[v] = gate(v) * H + unit(n, v), lanes[v] = std::clamp<int64_t>(H - unit(n, v), 0, L);
-      if (packs) {
-        rnn_pack_panel(p.dtype, w.weight_ih, I, NV, row, lanes, I, s.w_ih + n * NV * L * I);
-        rnn_pack_panel(p.dtype, w.weight_hh, P, NV, row, lanes, P, s.w_hh + n * NV * L * P);
-      }
-      for (int v = 0; v < NV; ++v) {
-        alignas(64) C ih[L] = {}, hh[L] = {};
-        if (w.bias_ih) rnn_widen(p.dtype, of(w.bias_ih, row[v]), lanes[v], ih);
-        if (w.bias_hh) rnn_widen(p.dtype, of(w.bias_hh, row[v]), lanes[v], hh);
-        C* bias = s.bias + n * SLOTS * L;
-        if (G == 3 && v == 2) {
-          store(bias + 2 * L, load(ih));
-          store(bias + 3 * L, load(hh));
-        } else {
-          store(bias + v * L, load(ih) + load(hh));
-        }
-      }
-    }
-    if (project && packs) {
-      const Range q = share(ppanels, 1, rank, ranks);
-      for (int64_t n = q.begin; n < q.end; ++n) {
-        const int64_t row[PNV] = {n * PUNITS, n * PUNITS + L};
-        const int64_t lanes[PNV] = {std::min<int64_t>(P - row[0], L), std::clamp<int64_t>(P - row[1], 0, L)};
-        rnn_pack_panel(p.dtype, w.weight_hr, H, PNV, row, lanes, H, s.w_hr + n * PUNITS * H);
-      }
-    }
+    if (s.memory) layout.pack(p.dtype, p.weights[d], s.memory, rank, ranks);
     const Range b = share(B, 1, rank, ranks);
     for (int64_t i = b.begin; i < b.end; ++i) {
       for (C* h : s.h) rnn_widen(p.dtype, of(p.hx, (d * B + i) * P), P, h + i * Ps);
@@ -126,11 +98,14 @@ struct RnnForward {
                int64_t z_stride) const {
     const int64_t depth = STEP ? P : I;
     for (int64_t n = begin; n < end; ++n, z += SLOTS * L) {
-      if (packs) {
+      if (STEP ? panels_hh : panels_ih) {
         const C* panel = (STEP ? s.w_hh : s.w_ih) + n * NV * L * depth;
         constexpr int last = STEP && G == 3 ? 3 : NV - 1;
-        rnn_product<C, NV, last, STEP, STEP ? RnnSum::Add : RnnSum::Bias>(rows, depth, a, panel, z, z_stride,
-                                                                          s.bias + n * SLOTS * L);
+        // Of one step, the rows are in the blocks that the step's are in, so K may be split here too.
+        constexpr RnnSum sum = STEP ? RnnSum::Add : RnnSum::Bias;
+        const auto run =
+            STEP || p.steps == 1 ? rnn_product<C, NV, last, true, sum> : rnn_product<C, NV, last, false, sum>;
+        run(rows, depth, a, panel, z, z_stride, s.bias + n * SLOTS * L);
         continue;
       }
       const void* w = STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih;
@@ -270,18 +245,6 @@ struct RnnForward {
     emit(d, t, row, count, leave, own.begin * PUNITS, std::min(own.end * PUNITS, P), h_next);
   }
 };
-
-template <class F>
-void rnn_with_type(DType dtype, RnnMode mode, const F& f) {
-  const auto with_gates = [&](auto c) {
-    switch (rnn_mode_row(mode).gates) {
-      case 1: return f(c, std::integral_constant<int, 1>{});
-      case 3: return f(c, std::integral_constant<int, 3>{});
-      default: return f(c, std::integral_constant<int, 4>{});
-    }
-  };
-  dtype == DType::Float64 ? with_gates(double{}) : with_gates(float{});
-}
 
 inline void rnn_forward(const RnnParams& params) {
   if (params.rows == 0) return;

@@ -5,5 +5,5 @@
 
 namespace fastnn::cpu {
 extern const RnnKernels rnn_avx2;
-const RnnKernels rnn_avx2 = {avx2::rnn_forward, avx2::rnn_backward};
+const RnnKernels rnn_avx2 = {avx2::rnn_forward, avx2::rnn_backward, avx2::rnn_packed_size, avx2::rnn_pack};
 }  // namespace fastnn::cpu

@@ -5,5 +5,5 @@
 
 namespace fastnn::cpu {
 extern const RnnKernels rnn_avx512;
-const RnnKernels rnn_avx512 = {avx512::rnn_forward, avx512::rnn_backward};
+const RnnKernels rnn_avx512 = {avx512::rnn_forward, avx512::rnn_backward, avx512::rnn_packed_size, avx512::rnn_pack};
 }  // namespace fastnn::cpu

@@ -5,5 +5,6 @@
 
 namespace fastnn::cpu {
 extern const RnnKernels rnn_baseline;
-const RnnKernels rnn_baseline = {baseline::rnn_forward, baseline::rnn_backward};
+const RnnKernels rnn_baseline = {baseline::rnn_forward, baseline::rnn_backward, baseline::rnn_packed_size,
+                                 baseline::rnn_pack};
 }  // namespace fastnn::cpu

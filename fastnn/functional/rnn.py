@@ -16,13 +16,13 @@ _RESERVED = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 5, "GRU": 4}
 _STACKS = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm, "GRU": _VF.gru}
 
 
-def _layer(input, batch_sizes, hx, cx, weights, mode):
+def _layer(input, batch_sizes, hx, cx, weights, mode, packed):
     """The op on one layer, or None where no kernel takes these tensors."""
     if torch.compiler.is_compiling():
         if _fallback.why_not(input, hx, cx, *weights) is not None:
             return None
-        return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode)
-    return _C.rnn(input, batch_sizes, hx, cx, weights, mode)
+        return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode, packed)
+    return _C.rnn(input, batch_sizes, hx, cx, weights, mode, packed)
 
 
 def rnn(
@@ -39,6 +39,7 @@ def rnn(
     train: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    packed: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Run a stack of recurrent layers over a sequence; each layer is one kernel call.
 
@@ -53,6 +54,8 @@ def rnn(
         weights: flat, for each layer and direction ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
         mode: ``RNN_TANH``, ``RNN_RELU``, ``LSTM`` or ``GRU``.
         has_biases, num_layers, dropout, train, bidirectional, batch_first: as in ``torch.lstm``.
+        packed: for inference with frozen weights, what ``torch.ops.fastnn.rnn_pack(weights, mode)`` made of the weights
+            of each layer and direction.
 
     Returns:
         output, h_n, and c_n for LSTM (else None), shaped as torch's. States are kept in float32 between steps
@@ -70,30 +73,12 @@ def rnn(
     h_n, c_n = [], []
     for layer in range(num_layers):
         span = slice(layer * directions, (layer + 1) * directions)
-        single = num_layers == 1
-        y = _layer(
-            x,
-            batch_sizes,
-            hx if single else hx[span],
-            cx if single or cx is None else cx[span],
-            list(weights[layer * each : (layer + 1) * each]),
-            mode,
-        )
+        h, c = (hx, cx) if num_layers == 1 else (hx[span], None if cx is None else cx[span])
+        own = list(weights[layer * each : (layer + 1) * each])
+        y = _layer(x, batch_sizes, h, c, own, mode, None if packed is None else packed[span])
         if y is None:
-            return _stack(
-                input,
-                batch_sizes,
-                hx,
-                cx,
-                weights,
-                mode,
-                has_biases,
-                num_layers,
-                dropout,
-                train,
-                bidirectional,
-                batch_first,
-            )
+            rest = (has_biases, num_layers, dropout, train, bidirectional)
+            return _stack(input, batch_sizes, hx, cx, weights, mode, rest, batch_first)
         x = y[0]
         h_n.append(y[1])
         c_n.append(y[2])
@@ -105,29 +90,26 @@ def rnn(
     return x, join(h_n), None if cx is None else join(c_n)
 
 
-def _stack(
-    input, batch_sizes, hx, cx, weights, mode, has_biases, num_layers, dropout, train, bidirectional, batch_first
-):
+def _stack(input, batch_sizes, hx, cx, weights, mode, rest, batch_first):
     """torch's own operator for the whole stack."""
     states = hx if cx is None else (hx, cx)
-    rest = (list(weights), has_biases, num_layers, dropout, train, bidirectional)
 
     def call():
         if batch_sizes is None:
-            return _STACKS[mode](input, states, *rest, batch_first)
-        return _STACKS[mode](input, batch_sizes, states, *rest)
+            return _STACKS[mode](input, states, list(weights), *rest, batch_first)
+        return _STACKS[mode](input, batch_sizes, states, list(weights), *rest)
 
     y = _fallback.fallback("rnn", (input, hx, cx, *weights), call)
     return (*y, None) if cx is None else y
 
 
-def _cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode, stock):
+def _cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode, stock, packed):
     weights = [w_ih, w_hh]
     if b_ih is not None or b_hh is not None:
         weights += [b if b is not None else w_ih.new_zeros(w_ih.shape[0]) for b in (b_ih, b_hh)]
     if input.dim() != 2:
         torch._check(False, lambda: f"fastnn.rnn: input must be [batch, input_size]; got {list(input.shape)}.")
-    y = _layer(input, None, hx, cx, weights, mode)
+    y = _layer(input, None, hx, cx, weights, mode, None if packed is None else [packed])
     if y is None:
         states = hx if cx is None else (hx, cx)
         return _fallback.fallback(
@@ -137,7 +119,14 @@ def _cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode, stock):
 
 
 def rnn_tanh_cell(
-    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
 ) -> Tensor:
     r"""One step of an Elman network.
 
@@ -148,6 +137,8 @@ def rnn_tanh_cell(
         hx: ``[batch, hidden_size]``.
         w_ih, w_hh: ``[hidden_size, input_size]`` and ``[hidden_size, hidden_size]``.
         b_ih, b_hh: ``[hidden_size]`` or None.
+        packed: for inference with frozen weights, what ``torch.ops.fastnn.rnn_pack([w_ih, w_hh, b_ih, b_hh], mode)``
+            made of these.
 
     Returns:
         h', ``[batch, hidden_size]``.
@@ -157,11 +148,18 @@ def rnn_tanh_cell(
 
     Source: ``torch.rnn_tanh_cell``.
     """
-    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "RNN_TANH", _VF.rnn_tanh_cell)
+    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "RNN_TANH", _VF.rnn_tanh_cell, packed)
 
 
 def rnn_relu_cell(
-    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
 ) -> Tensor:
     r"""One step of an Elman network with relu, arguments as :func:`rnn_tanh_cell`.
 
@@ -172,11 +170,18 @@ def rnn_relu_cell(
 
     Source: ``torch.rnn_relu_cell``.
     """
-    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "RNN_RELU", _VF.rnn_relu_cell)
+    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "RNN_RELU", _VF.rnn_relu_cell, packed)
 
 
 def gru_cell(
-    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
 ) -> Tensor:
     r"""One step of a GRU, arguments as :func:`rnn_tanh_cell` with three gates (r, z, n) stacked in weights and biases.
 
@@ -187,7 +192,7 @@ def gru_cell(
 
     Source: ``torch.gru_cell``.
     """
-    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "GRU", _VF.gru_cell)
+    return _cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, "GRU", _VF.gru_cell, packed)
 
 
 def lstm_cell(
@@ -197,6 +202,8 @@ def lstm_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""One step of an LSTM, arguments as :func:`rnn_tanh_cell` with four gates (i, f, g, o) stacked and ``hx = (h, c)``.
 
@@ -207,7 +214,7 @@ def lstm_cell(
 
     Source: ``torch.lstm_cell``.
     """
-    return _cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh, "LSTM", _VF.lstm_cell)
+    return _cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh, "LSTM", _VF.lstm_cell, packed)
 
 
 # ---- fakes and second derivatives ------------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ def _check(input, batch_sizes, hx, cx, weights, mode):
 
 
 @torch.library.register_fake("fastnn::rnn")
-def _rnn_fake(input, batch_sizes, hx, cx, weights, mode):
+def _rnn_fake(input, batch_sizes, hx, cx, weights, mode, packed=None):
     step, directions = _check(input, batch_sizes, hx, cx, weights, mode)
     output = input.new_empty([*input.shape[:-1], directions * hx.shape[-1]])
     h_n = input.new_empty(0) if step else input.new_empty(hx.shape)
@@ -259,6 +266,15 @@ def _(grad_output, grad_h_n, grad_c_n, input, batch_sizes, hx, cx, weights, outp
         cx.new_empty(cx.shape) if output_mask[2] and cx is not None else None,
         [w.new_empty(w.shape) for w in weights] if output_mask[3] else [],
     )
+
+
+@torch.library.register_fake("fastnn::rnn_pack")
+def _(weights, mode):
+    projected, double = len(weights) % 2 == 1, weights[0].dtype == torch.float64
+    hidden_size = weights[0].shape[0] // _GATES[mode]
+    state_size = weights[-1].shape[0] if projected else hidden_size
+    size = _C._rnn_packed_size(mode, weights[0].shape[1], hidden_size, state_size, projected, double)
+    return weights[0].new_empty([size], dtype=torch.float64 if double else torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

@@ -14,7 +14,7 @@ class Frozen:
     """Mixin of the modules whose kernel takes packed weights.
 
     ``_freeze()`` allows packing and ``_thaw()`` ends it. The packed copy is no part of ``state_dict``, of a pickle or
-    of a deepcopy; it is checked against the weight's storage and version counter at every call, so it is never stale.
+    of a deepcopy; it is checked against the weights' storages and version counters at every call, so it is never stale.
     """
 
     _frozen = False
@@ -29,24 +29,30 @@ class Frozen:
         self.__dict__.pop("_frozen", None)
         self.__dict__.pop("_pack", None)
 
-    def _packed(self, weight: Tensor, pack: Callable[..., Tensor], *arguments) -> Tensor | None:
-        """``pack(weight, *arguments)``, kept; None where a gradient, a trace or a device without kernels forbids it."""
-        if torch.compiler.is_compiling() or weight.device.type != "cpu":
+    def _packed(self, weights: Tensor | list[Tensor], pack: Callable, *arguments) -> Tensor | list[Tensor] | None:
+        """``pack(weights, *arguments)``, kept; None where a gradient, a trace or a device without kernels forbids it.
+
+        ``weights`` is what ``pack`` takes, one tensor or a list; an edit of any of them makes everything anew.
+        """
+        if torch.compiler.is_compiling():
             return None
-        if torch.is_grad_enabled() and weight.requires_grad:
+        alone = not isinstance(weights, list)
+        given = [weights] if alone else weights
+        stamp = _C.stamp(given)
+        if stamp is None:
             return None
-        version = 0 if weight.is_inference() else weight._version
-        # Panels are as wide as the vectors of the ISA that runs, so it belongs to the stamp.
-        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa(), arguments)
-        if self._pack is None or self._pack[0] != stamp:
+        kept = self._pack
+        if kept is None or kept[0] != (stamp, arguments):
             with torch.inference_mode(False), torch.no_grad():
-                # The weight is kept too: while it and its storage live, no other has its id and its address.
-                own = weight.detach()
-                self._pack = (stamp, pack(own, *arguments), own, weight)
-        return self._pack[1]
+                # The weights are kept too: while they and their storages live, no other has their identity and address.
+                own = [w.detach() for w in given]
+                kept = ((stamp, arguments), pack(own[0] if alone else own, *arguments), own, given)
+            self._pack = kept
+        return kept[1]
 
     def __getstate__(self):
-        state = dict(self.__dict__)
+        above = getattr(super(), "__getstate__", None)  # object has one from Python 3.11 on
+        state = dict(self.__dict__ if above is None else above())
         state.pop("_pack", None)
         return state
 

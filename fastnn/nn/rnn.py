@@ -8,9 +8,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastnn import functional
 from fastnn.functional.rnn import rnn
+from fastnn.nn._frozen import Frozen
 
 
-class _Recurrent(torch.nn.RNNBase):
+def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
+    """Pack the weights of ``count`` layers and directions."""
+    each = len(weights) // count
+    return [torch.ops.fastnn.rnn_pack(weights[i : i + each], mode) for i in range(0, len(weights), each)]
+
+
+class _Recurrent(Frozen, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share. Not subclasses of torch.nn.LSTM and its sisters: on those Dynamo breaks the graph."""
 
     def flatten_parameters(self) -> None:
@@ -20,6 +27,12 @@ class _Recurrent(torch.nn.RNNBase):
         # By name at each call, so that parametrizations, functional_call and assignments are seen.
         own = self._parameters
         return [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+
+    def _packs(self, weights: list[Tensor]) -> list[Tensor] | None:
+        """Return the packed weights of each layer and direction; None where they may not be kept."""
+        if not all(map(self._parameters.__contains__, self._flat_weights_names)):
+            return None  # parametrized: other tensors at each call
+        return self._packed(weights, _pack_stack, self.mode, self.num_layers * (2 if self.bidirectional else 1))
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dtype = self._weights()[0].dtype
@@ -76,12 +89,13 @@ class _Recurrent(torch.nn.RNNBase):
         self.check_forward_args(input, hx, batch_sizes)
 
         h, c = hx if self.mode == "LSTM" else (hx, None)
+        weights = self._weights()
         output, h_n, c_n = rnn(
             input,
             batch_sizes,
             h,
             c,
-            self._weights(),
+            weights,
             self.mode,
             has_biases=self.bias,
             num_layers=self.num_layers,
@@ -89,6 +103,7 @@ class _Recurrent(torch.nn.RNNBase):
             train=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            packed=self._packs(weights) if self._frozen else None,
         )
         hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
         if packed:
@@ -158,7 +173,23 @@ def _check_cell(name: str, input: Tensor, states: dict[str, Tensor]) -> bool:
     return input.dim() == 2
 
 
-class _Cell:
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class _Cell(Frozen):
+    """What RNNCell, GRUCell and LSTMCell share."""
+
+    def _step(self, function, mode: str, x: Tensor, hx):
+        own = self._parameters
+        weights = [own[name] if name in own else getattr(self, name) for name in _CELL_WEIGHTS]
+        packed = None
+        if self._frozen and all(map(own.__contains__, _CELL_WEIGHTS)):  # not parametrized: other tensors at each call
+            given = [w for w in weights if w is not None]
+            packed = self._packed(given, torch.ops.fastnn.rnn_pack, mode) if len(given) % 2 == 0 else None
+        return function(x, hx, *weights, packed=packed)
+
+
+class _OneState(_Cell):
     """What RNNCell and GRUCell share."""
 
     def _function(self):
@@ -172,27 +203,29 @@ class _Cell:
             hx = x.new_zeros(x.size(0), self.hidden_size)
         elif not batched:
             hx = hx.unsqueeze(0)
-        h = self._function()(x, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        h = self._step(*self._function(), x, hx)
         return h if batched else h.squeeze(0)
 
 
-class RNNCell(_Cell, torch.nn.RNNCell):
+class RNNCell(_OneState, torch.nn.RNNCell):
     r"""h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNNCell``."""
 
     def _function(self):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return functional.rnn_tanh_cell if self.nonlinearity == "tanh" else functional.rnn_relu_cell
+        if self.nonlinearity == "tanh":
+            return functional.rnn_tanh_cell, "RNN_TANH"
+        return functional.rnn_relu_cell, "RNN_RELU"
 
 
-class GRUCell(_Cell, torch.nn.GRUCell):
+class GRUCell(_OneState, torch.nn.GRUCell):
     r"""h' = (1 - z) n + z h; arguments, shapes and state_dict of ``torch.nn.GRUCell``."""
 
     def _function(self):
-        return functional.gru_cell
+        return functional.gru_cell, "GRU"
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(_Cell, torch.nn.LSTMCell):
     r"""c' = f c + i g, h' = o tanh(c'); arguments, shapes and state_dict of ``torch.nn.LSTMCell``."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -205,5 +238,5 @@ class LSTMCell(torch.nn.LSTMCell):
             hx = (zeros, zeros)
         elif not batched:
             hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = functional.lstm_cell(x, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        h, c = self._step(functional.lstm_cell, "LSTM", x, hx)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

@@ -38,6 +38,7 @@ struct RnnWeights {
   const void* bias_ih = nullptr;    // [G·H] or null
   const void* bias_hh = nullptr;    // [G·H] or null
   const void* weight_hr = nullptr;  // [P, H] or null
+  const void* packed = nullptr;     // [rnn_packed_size] of compute type, all of these as rnn_pack left them; or null
 };
 
 struct RnnParams {
@@ -72,9 +73,20 @@ struct RnnBackwardParams {
   } grad_weights[2];  // shapes of the weights, each null where not wanted
 };
 
+struct RnnPack {
+  DType dtype;
+  RnnMode mode;
+  bool project;  // whether there is a weight_hr
+  int64_t input_size, hidden_size, state_size;
+  RnnWeights weights;      // of one direction
+  void* packed = nullptr;  // [rnn_packed_size] of compute type: panels of the ISA's vector width
+};
+
 namespace cpu {
 void rnn_forward(const RnnParams& params);
 void rnn_backward(const RnnBackwardParams& params);
+int64_t rnn_packed_size(const RnnPack& params);  // in elements of the compute type; reads the sizes alone
+void rnn_pack(const RnnPack& params);
 }  // namespace cpu
 
 }  // namespace fastnn

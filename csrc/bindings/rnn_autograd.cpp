@@ -1,0 +1,171 @@
+// fastnn::rnn above its kernels: schemas, the autograd Function, Python's way in.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "bindings/checks.h"
+#include "fastnn/rnn.h"
+
+namespace fastnn::bindings {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using OptionalTensorList = std::optional<at::TensorList>;
+using Mode = std::string_view;
+
+// The ops' signatures, as their schemas below give them.
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+using OutputsAndReserve = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensors>;
+using Rnn = Outputs(const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, at::TensorList, Mode,
+                    OptionalTensorList);
+using RnnTrain = OutputsAndReserve(const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                                   at::TensorList, Mode);
+using RnnBackward = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                              const OptionalTensor&, const Tensor&, const OptionalTensor&, at::TensorList,
+                              const Tensor&, const Tensor&, Mode, std::array<bool, 4>);
+
+template <class F>
+auto typed(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+const auto& rnn_op() {
+  static const auto op = typed<Rnn>("fastnn::rnn");
+  return op;
+}
+const auto& rnn_train_op() {
+  static const auto op = typed<RnnTrain>("fastnn::rnn_train");
+  return op;
+}
+const auto& rnn_backward_op() {
+  static const auto op = typed<RnnBackward>("fastnn::rnn_backward");
+  return op;
+}
+
+OptionalTensor defined_only(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+struct RnnFunction : torch::autograd::Function<RnnFunction> {
+  static Tensors forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const OptionalTensor& batch_sizes,
+                         const Tensor& hx, const OptionalTensor& cx, at::TensorList weights, Mode mode) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, h_n, c_n, reserve] = rnn_train_op().call(input, batch_sizes, hx, cx, weights, mode);
+    Tensors saved = {input, batch_sizes.value_or(Tensor()), hx, cx.value_or(Tensor()), output, reserve};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["mode"] = std::string(mode);
+    ctx->set_materialize_grads(false);
+    Tensors empty;
+    if (input.dim() == 2 && !(batch_sizes && batch_sizes->defined())) empty.push_back(h_n);
+    if (!cx || !cx->defined()) empty.push_back(c_n);
+    ctx->mark_non_differentiable(empty);
+    return {output, h_n, c_n};
+  }
+
+  static Tensors backward(torch::autograd::AutogradContext* ctx, Tensors grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensors weights(saved.begin() + 6, saved.end());
+    Tensors result(5 + weights.size());
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
+    const OptionalTensor batch_sizes = defined_only(saved[1]), cx = defined_only(saved[3]);
+    const size_t state = batch_sizes ? 2 : 1, first = state + (cx ? 2 : 1);  // edges: only of tensors that are there
+    bool any = false;
+    for (size_t i = 0; i < weights.size(); ++i) any |= ctx->needs_input_grad(first + i);
+    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(state),
+                                      cx && ctx->needs_input_grad(state + 1), any};
+    const std::string mode = ctx->saved_data["mode"].toStringRef();
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (!at::GradMode::is_enabled())
+      guard.emplace();  // create_graph: through Autograd, whose formula is in reference.py
+    auto [grad_input, grad_hx, grad_cx, grad_weights] =
+        rnn_backward_op().call(defined_only(grads[0]), defined_only(grads[1]), defined_only(grads[2]), saved[0],
+                               batch_sizes, saved[2], cx, weights, saved[4], saved[5], mode, mask);
+    result[0] = grad_input, result[2] = grad_hx, result[3] = grad_cx;
+    for (size_t i = 0; i < grad_weights.size(); ++i) result[4 + i] = grad_weights[i];
+    return result;
+  }
+};
+
+// Where a gradient is wanted, training's forward computes from the weights themselves and ignores `packed`.
+Outputs rnn_autograd(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx,
+                     at::TensorList weights, Mode mode, OptionalTensorList packed) {
+  if (at::GradMode::is_enabled()) {
+    bool wanted = input.requires_grad() || hx.requires_grad() || (cx && cx->requires_grad());
+    for (const Tensor& w : weights) wanted |= w.requires_grad();
+    if (wanted) {
+      Tensors y = RnnFunction::apply(input, batch_sizes, hx, cx, weights, mode);
+      return {std::move(y[0]), std::move(y[1]), std::move(y[2])};
+    }
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return rnn_op().call(input, batch_sizes, hx, cx, weights, mode, packed);
+}
+
+// The tensors of a sequence; empty where no kernel takes one of them.
+std::optional<Tensors> tensors_argument(const char* name, py::handle h) {
+  if (!PySequence_Check(h.ptr()))
+    throw py::type_error(std::string("fastnn.rnn: ") + name + " must be a sequence of Tensors; got " +
+                         Py_TYPE(h.ptr())->tp_name + ".");
+  const auto sequence = py::reinterpret_borrow<py::sequence>(h);
+  Tensors list;
+  list.reserve(sequence.size());
+  for (const py::handle t : sequence) {
+    if (!plain(t)) return std::nullopt;
+    list.push_back(tensor_argument("rnn", name, t));
+    if (!served(list.back())) return std::nullopt;
+  }
+  return list;
+}
+
+// Python's way in: None where no kernel takes these arguments. A cell is one step: input [batch, input_size].
+py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py::handle cx, py::handle weights,
+                     py::handle mode, py::handle packed) {
+  if (!plain(input) || !plain(hx) || !plain(cx)) return py::none();
+  const Tensor &x = tensor_argument("rnn", "input", input), &h = tensor_argument("rnn", "hx", hx);
+  const OptionalTensor sizes = optional_tensor_argument("rnn", "batch_sizes", batch_sizes);
+  const OptionalTensor c = optional_tensor_argument("rnn", "cx", cx);
+  if (!served(x) || !served(h) || !served(c)) return py::none();
+  const std::optional<Tensors> list = tensors_argument("weights", weights);
+  if (!list) return py::none();
+  std::optional<Tensors> panels;
+  if (!packed.is_none() && !(panels = tensors_argument("packed", packed))) return py::none();
+  const std::optional<Mode> name = optional_string_argument("rnn", "mode", mode);
+  Outputs y;
+  {
+    py::gil_scoped_release no_gil;
+    y = rnn_op().call(x, sizes, h, c, *list, name.value_or(""), panels ? OptionalTensorList(*panels) : std::nullopt);
+  }
+  return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<1>(std::move(y))),
+                        wrap(std::get<2>(std::move(y))));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  m.def(
+      "rnn(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode, "
+      "Tensor[]? packed=None) -> (Tensor output, Tensor h_n, Tensor c_n)");
+  m.def(
+      "rnn_train(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode) -> "
+      "(Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)");
+  m.def(
+      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, "
+      "Tensor hx, Tensor? cx, Tensor[] weights, Tensor output, Tensor reserve, str mode, bool[4] output_mask) -> "
+      "(Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)");
+  m.def("rnn_pack(Tensor[] weights, str mode) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fastnn, Autograd, m) { m.impl("rnn", rnn_autograd); }
+
+void bind_rnn(py::module_& m) {
+  m.def("rnn", rnn_entry, py::arg("input"), py::arg("batch_sizes"), py::arg("hx"), py::arg("cx"), py::arg("weights"),
+        py::arg("mode"), py::arg("packed") = py::none());
+  m.def("_rnn_packed_size", [](const std::string& mode, int64_t input_size, int64_t hidden_size, int64_t state_size,
+                               bool project, bool is_double) {
+    for (const RnnModeRow& row : kRnnModes)
+      if (mode == row.name)
+        return cpu::rnn_packed_size(
+            {is_double ? DType::Float64 : DType::Float32, row.mode, project, input_size, hidden_size, state_size});
+    throw py::value_error("fastnn.rnn_pack: mode must be one of RNN_TANH, RNN_RELU, LSTM, GRU; got '" + mode + "'.");
+  });
+}
+
+}  // namespace fastnn::bindings
