@@ -97,6 +97,49 @@ def attention(
 
     Shapes as in :func:`fastnn.functional.scaled_dot_product_attention`; 16-bit inputs are computed in float32.
     """
+    options = (dropout_p, is_causal, scale, enable_gqa, window, softcap, philox_seed)
+    return _attention(query, key, value, attn_mask, *options, unseen=0.0)[:2]
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    philox_seed: Tensor | None = None,
+    average: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`attention`, and what the values are multiplied by; rows that see none of the keys give NaN.
+
+    The weights are ``[*, H, L, S]``; with ``average`` their mean over the heads, ``[*, L, S]``.
+    """
+    options = (dropout_p, is_causal, scale, enable_gqa, window, softcap, philox_seed)
+    unseen = math.nan if key.shape[-2] else 0.0
+    output, lse, weights = _attention(query, key, value, attn_mask, *options, unseen=unseen)
+    return output, lse, (weights.mean(-3) if average else weights).to(query.dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: Sequence[int] | None,
+    softcap: float | None,
+    philox_seed: Tensor | None,
+    *,
+    unseen: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = query.dtype
     if dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()
@@ -106,6 +149,7 @@ def attention(
     length, keys = query.shape[-2], key.shape[-2]
     scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale
+    scores = scores.expand(*torch.broadcast_shapes(scores.shape[:-2], value.shape[:-2]), length, keys)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None:
@@ -122,14 +166,14 @@ def attention(
             scores = scores.masked_fill(ahead < -left, -math.inf)
         if right >= 0:
             scores = scores.masked_fill(ahead > right, -math.inf)
-    unseen = (scores == -math.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(unseen, 0)
-    lse = scores.logsumexp(-1).masked_fill(unseen.squeeze(-1), -math.inf)
-    probability = scores.softmax(-1).masked_fill(unseen, 0)
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(blind, 0)
+    lse = scores.logsumexp(-1).masked_fill(blind.squeeze(-1), unseen or -math.inf)
+    weights = scores.softmax(-1).masked_fill(blind, unseen)
     if dropout_p > 0:
-        kept = attention_dropout_mask(philox_seed, dropout_p, probability.shape)
-        probability = probability * kept / (1 - dropout_p) if dropout_p < 1 else probability * 0
-    return (probability @ value).to(dtype), lse
+        kept = attention_dropout_mask(philox_seed, dropout_p, weights.shape)
+        weights = weights * kept / (1 - dropout_p) if dropout_p < 1 else weights * 0
+    return (weights @ value).to(dtype), lse, weights
 
 
 def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequence[int]) -> Tensor:
@@ -152,6 +196,30 @@ def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequenc
     which = key % 32 // 8
     word = torch.where(which < 2, torch.where(which == 0, x[0], x[1]), torch.where(which == 2, x[2], x[3]))
     return (word >= min(int(dropout_p * 2**32), low)).reshape(shape)
+
+
+def vjp(
+    f: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The backward of f by autograd: its vector-Jacobian product, differentiable again when grad mode is on.
+
+    Args:
+        f: differentiable torch code, ``f(*inputs)`` gives a tensor.
+        inputs: f's arguments; None where an optional tensor is absent.
+        grad_output: the gradient of f's result.
+        wanted: for each input, whether its gradient is wanted.
+
+    Returns:
+        The gradient of each input, None where it is not wanted or f does not depend on it.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that the derivative is taken at this place of the graph and not through its history.
+        xs = [_alias(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
+        chosen = [x for x, want in zip(xs, wanted, strict=True) if want]
+        grads = torch.autograd.grad(f(*xs), chosen, grad_output, create_graph=create_graph, allow_unused=True)
+    found = iter(grads)
+    return tuple(next(found) if want else None for want in wanted)
 
 
 def vjp_of_vjp(

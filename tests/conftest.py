@@ -13,3 +13,8 @@ def _same_start():
     yield
     torch.set_num_threads(threads)
     _fallback.set_fallback(mode)
+
+
+@pytest.fixture
+def one_thread():
+    torch.set_num_threads(1)  # for tests of tiny things

@@ -12,40 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastnn
 import fastnn.nn as fnn
 from fastnn import _fallback, testing
+from tests.modules import MASKS, MATMULS, bool_mask, operators, outcome, twins
 
-INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # everything here is tiny; conftest.py gives the others back
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(*args, dtype=torch.float64, **kwargs):
-    fast, stock = (
-        fnn.MultiheadAttention(*args, dtype=dtype, **kwargs),
-        nn.MultiheadAttention(*args, dtype=dtype, **kwargs),
-    )
-    with torch.no_grad():
-        for p in stock.parameters():  # biases are born zero
-            p.normal_(0, 0.5)
-    fast.load_state_dict(stock.state_dict())
-    return fast, stock
+    kwargs["dtype"] = dtype
+    return twins(fnn.MultiheadAttention(*args, **kwargs), nn.MultiheadAttention(*args, **kwargs))
 
 
-def bool_mask(*shape):
-    """About a third masked, the first key never."""
-    mask = torch.rand(shape) < 0.35
-    mask[..., 0] = False
-    return mask
-
-
-MASKS = {
-    "none": lambda *shape: None,
-    "bool": bool_mask,
-    "float": lambda *shape: torch.randn(shape, dtype=torch.float64),
-    "inf": lambda *shape: torch.zeros(shape, dtype=torch.float64).masked_fill(bool_mask(*shape), -INF),
-}
 _OPTIONS = {
     "bias": (True, False),
     "add_bias_kv": (False, True),
@@ -95,15 +71,6 @@ def make_call(c, dtype=torch.float64):
     return (embed, heads), module, (query, key, value), kwargs
 
 
-def outcome(module, args, kwargs):
-    """Outputs, and gradients with respect to every leaf."""
-    output, weights = module(*args, **kwargs)
-    leaves = {id(t): t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad}
-    wanted = [*leaves.values(), *module.parameters()]
-    loss = output.sin().sum() + (0 if weights is None else weights.square().sum())
-    return output, weights, *torch.autograd.grad(loss, wanted, allow_unused=True)
-
-
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: "-".join(map(str, c.values())).replace(" ", "_"))
 def test_options(combination):
@@ -116,19 +83,21 @@ def test_options(combination):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_error_beside_torch(dtype, batch_first):
+@pytest.mark.parametrize("call", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=str)
+def test_error_beside_torch(dtype, batch_first, call):
     """Against the float64 answer, no worse than twice torch's own error."""
     fast, stock = pair(96, 4, batch_first=batch_first, dtype=dtype)
     oracle = nn.MultiheadAttention(96, 4, batch_first=batch_first, dtype=torch.float64)
     oracle.load_state_dict(stock.state_dict())
     x = torch.randn(3, 50, 96).to(dtype)
     padding = torch.zeros(3 if batch_first else 50, 50 if batch_first else 3, dtype=torch.bool)
-    padding[0, -20:] = True
-    call = {"key_padding_mask": padding, "need_weights": False}
-    expected = oracle(x.double(), x.double(), x.double(), **call)[0]
-    theirs = (stock(x, x, x, **call)[0].double() - expected).abs().max()
-    ours = (fast(x, x, x, **call)[0].double() - expected).abs().max()
-    assert ours <= 2 * theirs + torch.finfo(dtype).eps * expected.abs().max()
+    padding[0, -padding.shape[1] // 3 :] = True
+    call = {"key_padding_mask": padding, **call}
+    exact = oracle(x.double(), x.double(), x.double(), **call)
+    for a, b, expected in zip(fast(x, x, x, **call), stock(x, x, x, **call), exact, strict=True):
+        if expected is not None:
+            ours, theirs = ((t.double() - expected).abs().max() for t in (a, b))
+            assert ours <= 2 * theirs + torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -157,7 +126,15 @@ def test_floating_masks_and_hidden_rows(training):
         torch.testing.assert_close(fast(x, x, x, attn_mask=mask, need_weights=False)[0], expected)
         output = fast(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
         torch.testing.assert_close(output[1], fast.out_proj.bias.expand(4, 8))
-        assert fast(x, x, x, key_padding_mask=hidden)[0][1].isnan().all()
+        for average in (True, False):
+            call = {"key_padding_mask": hidden, "average_attn_weights": average}
+            output, weights = fast(x, x, x, **call)
+            assert output[1].isnan().all() and weights[1].isnan().all()
+            torch.testing.assert_close((output, weights), stock(x, x, x, **call), equal_nan=True)
+    gradients = [
+        torch.autograd.grad(m(x, x, x, key_padding_mask=hidden)[0].sum(), m.in_proj_weight)[0] for m in (fast, stock)
+    ]
+    torch.testing.assert_close(*gradients, equal_nan=True)
 
 
 def test_causal_hint():
@@ -249,7 +226,8 @@ def test_dropout(need_weights):
     torch.testing.assert_close(fast(x, x, x, **call)[0], fast.out_proj.bias.expand(4, 32, 8))
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_second_derivatives(need_weights):
     fast, _ = pair(4, 2, batch_first=True)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
@@ -257,7 +235,8 @@ def test_second_derivatives():
 
     def call(x, mask, *parameters):
         state = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(fast, state, (x, x, x), {"attn_mask": mask, "need_weights": False})[0]
+        call = {"attn_mask": mask, "need_weights": need_weights}
+        return [t for t in torch.func.functional_call(fast, state, (x, x, x), call) if t is not None]
 
     assert torch.autograd.gradcheck(call, (x, mask, *values), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, mask, *values), fast_mode=True)
@@ -277,32 +256,27 @@ def test_second_derivatives_beside_torch():
         torch.testing.assert_close(a, b)
 
 
-def operators(call):
-    """Names of the operators that ran, with how often."""
-    with torch.profiler.profile() as profile:
-        call()
-    return {e.key: e.count for e in profile.key_averages()}
-
-
-MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"}
-
-
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_hot_path(batch_first, training):
+@pytest.mark.parametrize("call", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=str)
+def test_hot_path(batch_first, training, call):
     """One projection for queries, keys and values, and nothing of ATen's matmuls or attention, forward or backward."""
     fast, _ = pair(32, 4, batch_first=batch_first, dtype=torch.float32)
     fast.train(training).requires_grad_(training)
     x = torch.randn(3, 5, 32, requires_grad=training)
 
-    def call():
-        output = fast(x, x, x, need_weights=False)[0]
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 5])
+
+    def run():
+        output = fast(x, x, x, key_padding_mask=padding if batch_first else None, **call)[0]
         if training:
             output.sum().backward()
 
-    ran = operators(call)
+    ran = operators(run)
     assert ran["fastnn::linear"] == 2
-    assert not MATMULS & set(ran)
+    assert ran["fastnn::attention" if "need_weights" in call else "fastnn::attention_weights"] == 1
+    assert not (MATMULS | {"aten::softmax", "aten::_softmax", "aten::dropout", "aten::mean"}) & set(ran)
+    assert "fastnn::attention_weights_backward" not in ran
     assert not any("attention" in name and name.startswith("aten::") for name in ran)
 
 
@@ -322,14 +296,16 @@ def test_frozen():
                 m.out_proj.weight.add_(0.25)
 
 
-def test_threads():
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_threads(need_weights):
     """The same result on any number of threads, to the last bit."""
     fast, _ = pair(64, 4, batch_first=True, dtype=torch.float32)
     x = torch.randn(4, 70, 64, requires_grad=True)
     results = []
     for count in (1, 2, 3):
         with testing.threads(count):
-            results.append(outcome(fast, (x, x, x), {"need_weights": False}))
+            output, weights = fast(x, x, x, need_weights=need_weights)
+            results.append((output, weights, *torch.autograd.grad(output.sin().sum(), [x, *fast.parameters()])))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or torch.equal(a, b)

@@ -17,6 +17,8 @@ from torch.utils import _pytree
 import fastnn
 import fastnn.nn as fnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Spec(NamedTuple):
     """A small instance: constructor arguments, and the shapes of the positional inputs (nested as in the call)."""
@@ -45,11 +47,6 @@ SPECS = {
 }
 NAMES = list(SPECS)
 MODULE_INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in SPECS}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # everything here is tiny; conftest.py gives the others back
 
 
 def build(library, name, **where):

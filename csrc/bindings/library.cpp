@@ -10,6 +10,7 @@ namespace fastnn::bindings {
 
 void bind_conv2d(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_attention_weights(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_rnn(py::module_& m);
 void bind_frozen(py::module_& m);
@@ -35,6 +36,7 @@ void set_cpu_isa(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_conv2d(m);
   bind_attention(m);
+  bind_attention_weights(m);
   bind_linear(m);
   bind_rnn(m);
   bind_frozen(m);

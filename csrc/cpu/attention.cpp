@@ -14,6 +14,7 @@ static constexpr Variants<AttentionKernels> variants = {{&attention_baseline, nu
 #endif
 
 void attention_forward(const AttentionParams& params) { variants.table().forward(params); }
+void attention_weights(const AttentionWeightsParams& params) { variants.table().weights(params); }
 void attention_backward(const AttentionBackwardParams& params) { variants.table().backward(params); }
 
 }  // namespace fastnn::cpu

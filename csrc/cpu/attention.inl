@@ -120,20 +120,24 @@ inline void attend(const AttentionParams& p, int64_t item, int64_t r0, int64_t r
 template <class T, class C = Compute<T>>
 inline void store_rows(const AttentionParams& p, int64_t item, int64_t r0, int64_t r1, const AttentionState<C>& state) {
   const C keep = static_cast<C>(keep_scale(p)), c = score_factor<C>(p) / kLog2E<C>;
+  const C unseen = value_of_unseen<C>(p), unseen_lse = unseen == C(0) ? kNegativeInfinity<C> : unseen;
   for (int64_t r = r0; r < r1; ++r) {
     const Row row = row_of(p, item, r);
     const C sum = state.sum[r - r0];
-    const C inverse = sum == 0 ? C(0) : keep / sum;  // no key to see: zeros
+    const C inverse = sum == 0 ? unseen : keep / sum;
     const C* acc = state.acc + (r - r0) * state.stride;
     T* out = static_cast<T*>(p.output.data) + p.output.offset[row.head] + row.query * p.output.row_stride;
     for (int64_t n = 0; n < p.value_dim; n += kLanes<C>) store_first(out + n, load(acc + n) * inverse, p.value_dim - n);
   }
   // The lse of an item's rows lie one after the other.
-  C* lse = static_cast<C*>(p.lse) + item * p.group * p.query_length;
+  const int64_t first = item * p.group * p.query_length;
+  C* lse = static_cast<C*>(p.lse) + first;
   for (int64_t r = r0; r < r1; r += kLanes<C>) {
     const int64_t count = r1 - r;
     const Vec<C> sum = load_first(state.sum + (r - r0), count), top = load_first(state.maximum + (r - r0), count);
-    store_first(lse + r, sum == 0 ? splat<C>(kNegativeInfinity<C>) : fma(top, splat<C>(c), vlog(sum)), count);
+    store_first(lse + r, sum == 0 ? splat<C>(unseen_lse) : fma(top, splat<C>(c), vlog(sum)), count);
+    if (p.maximum) store_first(static_cast<C*>(p.maximum) + first + r, top, count);
+    if (p.sum) store_first(static_cast<C*>(p.sum) + first + r, sum, count);
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include "cpu/attention.inl"
 #include "cpu/attention_kernels.h"
+#include "cpu/attention_weights.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -351,9 +352,13 @@ FASTNN_INLINE void with_attention_dtype(DType dtype, const F& f) {
 inline void attention_forward_isa(const AttentionParams& p) {
   with_attention_dtype(p.dtype, [&](auto t) { attention_forward<decltype(t)>(p); });
 }
+inline void attention_weights_isa(const AttentionWeightsParams& w) {
+  with_attention_dtype(w.forward.dtype, [&](auto t) { attention_weights<decltype(t)>(w); });
+}
 inline void attention_backward_isa(const AttentionBackwardParams& b) {
   with_attention_dtype(b.forward.dtype, [&](auto t) { attention_backward<decltype(t)>(b); });
 }
-inline constexpr AttentionKernels attention_kernels = {attention_forward_isa, attention_backward_isa};
+inline constexpr AttentionKernels attention_kernels = {attention_forward_isa, attention_weights_isa,
+                                                       attention_backward_isa};
 
 }  // namespace fastnn::cpu::FASTNN_ISA

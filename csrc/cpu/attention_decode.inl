@@ -202,37 +202,53 @@ inline int64_t decode_memory(const AttentionParams& p, int64_t rows) {
   return rows * (p.head_dim + kLanes<C> + kAttentionKeys) + 64;
 }
 
+template <class C>
+inline int64_t few_stride(const AttentionParams& p) {
+  return (p.head_dim + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+// Rows [r0, r0 + rows) of query, few_stride apart, with zeros behind their features.
+template <class T, class C = Compute<T>>
+inline void pack_few(const AttentionParams& p, int64_t item, int64_t r0, int64_t rows, C* query) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row row = row_of(p, item, r0 + r);
+    const T* from = static_cast<const T*>(p.query.data) + p.query.offset[row.head] + row.query * p.query.row_stride;
+    for (int64_t e = 0; e < few_stride<C>(p); ++e)
+      *query++ = e < p.head_dim ? load_one(from + e * p.query.col_stride) : C(0);
+  }
+}
+// Their products with the keys of the block at k0; those before k_end count.
+template <class T, class C = Compute<T>>
+FASTNN_INLINE void scores_few(const AttentionParams& p, int64_t item, int64_t rows, int64_t k0, int64_t k_end,
+                              const C* query, C* score) {
+  constexpr int L = kLanes<C>;
+  const T* const key = static_cast<const T*>(p.key.data) + p.key.offset[item];
+  for (int64_t j = 0; j < std::min(kAttentionKeys, k_end - k0); j += L) {
+    const T* line[L];
+    for (int i = 0; i < L; ++i) line[i] = key + std::min(k0 + j + i, k_end - 1) * p.key.row_stride;
+    const int64_t ahead = k0 + j + 2 * L;
+    if (ahead < k_end)
+      prefetch_rows(key + ahead * p.key.row_stride, p.key.row_stride, std::min<int64_t>(L, k_end - ahead), p.head_dim);
+    with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
+      decode_scores<decltype(height)::value, T>(query + i * few_stride<C>(p), few_stride<C>(p), line, p.head_dim,
+                                                score + i * kAttentionKeys + j);
+    });
+  }
+}
+
 // All rows of one item against the keys [k_begin, k_end).
 template <class T, class C = Compute<T>>
 inline void attend_few(const AttentionParams& p, int64_t item, int64_t rows, int64_t k_begin, int64_t k_end, C* memory,
                        const AttentionState<C>& state) {
   constexpr int L = kLanes<C>;
-  const int64_t E = p.head_dim, query_stride = (E + L - 1) / L * L;
   C* const score = memory;
   C* const query = memory + rows * kAttentionKeys;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Row row = row_of(p, item, r);
-    const T* from = static_cast<const T*>(p.query.data) + p.query.offset[row.head] + row.query * p.query.row_stride;
-    for (int64_t e = 0; e < query_stride; ++e)
-      query[r * query_stride + e] = e < E ? load_one(from + e * p.query.col_stride) : C(0);
-  }
-  const T* const key = static_cast<const T*>(p.key.data) + p.key.offset[item];
+  pack_few<T>(p, item, 0, rows, query);
   const T* const value = static_cast<const T*>(p.value.data) + p.value.offset[item];
   const Range seen = visible_keys(p, 0, rows);
   k_end = std::min(k_end, seen.end);
   for (int64_t k0 = std::max(k_begin, seen.begin / kAttentionKeys * kAttentionKeys); k0 < k_end; k0 += kAttentionKeys) {
     const int64_t count = std::min(kAttentionKeys, k_end - k0), padded = (count + L - 1) / L * L;
-    for (int64_t j = 0; j < count; j += L) {
-      const T* line[L];
-      for (int i = 0; i < L; ++i) line[i] = key + std::min(k0 + j + i, k_end - 1) * p.key.row_stride;
-      const int64_t ahead = k0 + j + 2 * L;
-      if (ahead < k_end)
-        prefetch_rows(key + ahead * p.key.row_stride, p.key.row_stride, std::min<int64_t>(L, k_end - ahead), E);
-      with_few_rows(rows, [&](auto height, int64_t i) __attribute__((always_inline)) {
-        decode_scores<decltype(height)::value, T>(query + i * query_stride, query_stride, line, E,
-                                                  score + i * kAttentionKeys + j);
-      });
-    }
+    scores_few<T>(p, item, rows, k0, k_end, query, score);
     alignas(64) C alpha[kStateRows];
     constexpr C ones[4] = {1, 1, 1, 1};
     for (int64_t i = 0; i < rows; ++i)

@@ -7,6 +7,7 @@ namespace fastnn::cpu {
 
 struct AttentionKernels {
   void (*forward)(const AttentionParams&);
+  void (*weights)(const AttentionWeightsParams&);
   void (*backward)(const AttentionBackwardParams&);
 };
 

@@ -98,6 +98,12 @@ inline C score_factor(const AttentionParams& p) {
   return has_score_pass(p) ? kLog2E<C> : static_cast<C>(p.scale * 1.44269504088896340735992468100189214);
 }
 
+// What a query gets that has no key to see.
+template <class C>
+inline C value_of_unseen(const AttentionParams& p) {
+  return p.nan_unseen && p.key_length > 0 ? std::numeric_limits<C>::quiet_NaN() : C(0);
+}
+
 template <class C, class M>
 inline void add_mask(const M* mask, int64_t stride, int64_t count, C* s) {
   if (stride == 0) {

@@ -4,13 +4,8 @@ from fastnn.nn.attention import MultiheadAttention
 from fastnn.nn.conv2d import Conv2d
 from fastnn.nn.linear import Linear
 from fastnn.nn.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from fastnn.nn.transformer import (
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fastnn.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from fastnn.nn.transformer_layer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GRU",

@@ -26,8 +26,8 @@ class MultiheadAttention(Frozen, nn.MultiheadAttention):
         \text{head}_i = \text{softmax}(Q W_i^Q (K W_i^K)^T / \sqrt{d} + M) V W_i^V
 
     Self-attention (``query is key is value``) projects queries, keys and values in one call. With
-    ``need_weights=True`` (torch's default) the result contains the whole matrix of weights, so scores, softmax and
-    the product with the values are torch's own operators there; ``need_weights=False`` runs the attention kernel.
+    ``need_weights=True`` (torch's default) a second kernel writes the weights, or their mean over the heads: leave it off
+    where nobody looks at them.
 
     The answers are those of ``torch.nn.MultiheadAttention`` outside of its inference fast path: in training and
     evaluation alike, floating masks are added to the scores (the fast path takes them for bool masks), a query
@@ -106,22 +106,16 @@ class MultiheadAttention(Frozen, nn.MultiheadAttention):
         k, v, mask = self._extend(k, v, mask)
         dropout_p = self.dropout if self.training else 0.0
 
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.logical_not()
         weights = None
         if need_weights:
-            weights = torch.matmul(q * math.sqrt(1.0 / q.shape[-1]), k.transpose(-2, -1))
-            if mask is not None:
-                weights = weights.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else weights + mask
-            weights = F.dropout(weights.softmax(-1), dropout_p)
-            output = torch.matmul(weights, v)
+            output, weights = functional.attention_weights(q, k, v, mask, dropout_p, average=average_attn_weights)
         else:
-            if mask is not None and mask.dtype == torch.bool:
-                mask = mask.logical_not()
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
 
         output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3)
         output = linear(self.out_proj, output.flatten(-2))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
         if not is_batched:
             output, weights = output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output, weights

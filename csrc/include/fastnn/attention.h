@@ -49,10 +49,18 @@ struct AttentionParams {
   double dropout_p;
   uint64_t philox_seed;
   int64_t first_shift, last_shift;
+  bool nan_unseen;  // a query that may see no key gets NaN, as softmax of -infinities is; else zeros, and lse -infinity
 
   AttentionResult output;  // [query_length, value_dim] each
   void* lse;               // [heads, query_length], float (double for Float64): log of the sum of the exponentials
+  void *maximum, *sum;     // as lse: each query's largest score, and the sum of the exponentials below it; may be null
   int threads;
+};
+
+struct AttentionWeightsParams {
+  AttentionParams forward;  // its maximum and sum are inputs here; value, output and lse are not used
+  int64_t averaged;         // how many consecutive heads the mean is taken of; 1: each head's own weights
+  void* weights;            // [heads / averaged, query_length, key_length], contiguous, of dtype
 };
 
 struct AttentionBackwardParams {
@@ -77,6 +85,7 @@ struct AttentionBackwardParams {
 
 namespace cpu {
 void attention_forward(const AttentionParams& params);
+void attention_weights(const AttentionWeightsParams& params);
 void attention_backward(const AttentionBackwardParams& params);
 }  // namespace cpu
 
