@@ -14,17 +14,6 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-struct TapBox {
-  int64_t y0, y1, x0, x1;  // least and largest dy, dx
-  template <class T>
-  explicit TapBox(const Conv2dPass<T>& p) : y0(p.taps[0].dy), y1(y0), x0(p.taps[0].dx), x1(x0) {
-    for (int64_t t = 1; t < p.tap_count; ++t) {
-      y0 = std::min(y0, p.taps[t].dy), y1 = std::max(y1, p.taps[t].dy);
-      x0 = std::min(x0, p.taps[t].dx), x1 = std::max(x1, p.taps[t].dx);
-    }
-  }
-};
-
 // ---- NCHW ----------------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -29,21 +29,25 @@ class Frozen:
         self.__dict__.pop("_frozen", None)
         self.__dict__.pop("_pack", None)
 
-    def _packed(self, weight: Tensor, pack: Callable[..., Tensor], *arguments) -> Tensor | None:
-        """``pack(weight, *arguments)``, kept; None where a gradient, a trace or a device without kernels forbids it."""
+    def _packed(
+        self, weight: Tensor, pack: Callable[..., Tensor], arguments: Callable[[], tuple] = tuple
+    ) -> Tensor | None:
+        """``pack(weight, *arguments())``, kept; None where a gradient, a trace or a device without kernels forbids it."""
         if torch.compiler.is_compiling() or weight.device.type != "cpu":
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
             return None
         version = 0 if weight.is_inference() else weight._version
         # Panels are as wide as the vectors of the ISA that runs, so it belongs to the stamp.
-        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa(), arguments)
-        if self._pack is None or self._pack[0] != stamp:
+        stamp = (id(weight), weight.data_ptr(), version, weight.dtype, _C.cpu_isa())
+        how, kept = arguments(), self._pack
+        if kept is None or kept[0] != stamp or how not in kept[1]:
             with torch.inference_mode(False), torch.no_grad():
-                # The weight is kept too: while it and its storage live, no other has its id and its address.
-                own = weight.detach()
-                self._pack = (stamp, pack(own, *arguments), own, weight)
-        return self._pack[1]
+                if kept is None or kept[0] != stamp:
+                    # The weight is kept too: while it and its storage live, no other has its id and its address.
+                    kept = self._pack = (stamp, {}, weight.detach(), weight)
+                kept[1][how] = pack(kept[2], *how)
+        return kept[1][how]
 
     def __getstate__(self):
         state = dict(self.__dict__)
