@@ -23,7 +23,6 @@ from fastnn.freeze import _BEFORE
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
-from fastnn.functional.conv2d import padded_conv2d
 
 _FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__}
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
@@ -43,17 +42,8 @@ class PaddedConv2d(fastnn.nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (rows, columns), (left, right, top, bottom) = self.padding, self._zeros
-        return padded_conv2d(
-            input,
-            weight,
-            bias,
-            list(self.stride),
-            [rows + top, rows + bottom, columns + left, columns + right],
-            list(self.dilation),
-            self.groups,
-            self.activation,
-            self._packed_for(input, weight),
-        )
+        padding = [rows + top, rows + bottom, columns + left, columns + right]
+        return self._padded(input, weight, bias, list(self.stride), padding, list(self.dilation))
 
 
 @functools.cache

@@ -80,6 +80,25 @@ def conv2d(
     return z if input.dim() == 4 else z[0]
 
 
+def winograd_magnitude(
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], groups: int, tile: int
+) -> Tensor:
+    """Return what the error of Winograd's F(tile x tile, 3 x 3) is counted against, for each output.
+
+    sum over c of max |x_c| over the (tile + 2)² pixels that the output's tile reads, times sum over taps of |W_c|, plus
+    |b|. Arguments as :func:`conv2d`'s, for an input with a batch.
+    """
+    top, bottom, left, right = padding
+    rows, columns = input.shape[2] + top + bottom - 2, input.shape[3] + left + right - 2  # of the output
+    fill = [-size % tile for size in (rows, columns)]
+    x = F.pad(input.double().abs(), (left, right + fill[1], top, bottom + fill[0]))
+    peaks = F.max_pool2d(x, tile + 2, tile).unflatten(1, (groups, weight.shape[1]))
+    sums = weight.double().abs().sum((2, 3)).unflatten(0, (groups, -1))
+    z = torch.einsum("ngchw,gkc->ngkhw", peaks, sums).flatten(1, 2)
+    z = z.repeat_interleave(tile, 2)[:, :, :rows].repeat_interleave(tile, 3)[..., :columns]
+    return z if bias is None else z + bias.double().abs()[:, None, None]
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "bindings/checks.h"
@@ -18,6 +19,7 @@ using Name = std::optional<std::string_view>;
 using at::IntArrayRef;
 
 std::optional<Conv2dAlgorithm> forced_algorithm;  // by tests
+std::atomic<bool> winograd_allowed{true};         // fastnn.backends.winograd
 
 // A checked call: input with four dimensions, shape of the problem. padding is top, bottom, left, right.
 struct Problem {
@@ -76,10 +78,17 @@ Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   return p;
 }
 
-Conv2dAlgorithm choose(const Conv2dShape& s) {
-  if (!forced_algorithm) return conv2d_algorithm(s);
-  return *forced_algorithm == Conv2dAlgorithm::Pointwise && !s.pointwise() ? Conv2dAlgorithm::Implicit
-                                                                           : *forced_algorithm;
+// The rule, or what a test forces where it fits. frozen: the filter is packed before the call.
+Conv2dAlgorithm choose(const Conv2dShape& s, bool winograd, bool frozen) {
+  if (!forced_algorithm)
+    return conv2d_algorithm(s, winograd && winograd_allowed.load(std::memory_order_relaxed), frozen);
+  const bool fits = is_winograd(*forced_algorithm)                    ? winograd && s.winograd()
+                    : *forced_algorithm == Conv2dAlgorithm::Pointwise ? s.pointwise()
+                                                                      : true;
+  return fits ? *forced_algorithm : Conv2dAlgorithm::Implicit;
+}
+Conv2dAlgorithm choose(const Conv2dShape& s, DType dtype, bool frozen) {
+  return choose(s, dtype != DType::Float64 || forced_algorithm, frozen);
 }
 
 ImageStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
@@ -100,9 +109,15 @@ void check_packed(const Tensor& packed, const Tensor& weight) {
               "fastnn.conv2d: packed must be what conv2d_pack made of this weight; got ", packed.scalar_type(), ".");
 }
 
-// [size] in NCHW; [size / width, width] for channels_last, so that layouts and ISAs cannot be taken for one another.
+// [size] in NCHW; three dimensions for channels_last, five for Winograd, so that layouts, algorithms and, for Winograd,
+// ISAs cannot be taken for one another.
 std::vector<int64_t> packed_shape(const Conv2dParams& p) {
   const int64_t size = cpu::conv2d_packed_size(p);
+  if (is_winograd(p.algorithm)) {
+    const int64_t points = p.algorithm == Conv2dAlgorithm::Winograd2 ? 16 : 36, in = p.shape.group_in();
+    const int64_t width = cpu::conv2d_panel_width(p);
+    return {points, p.shape.groups, in ? size / (points * p.shape.groups * in * width) : 0, in, width};
+  }
   if (!p.shape.channels_last) return {size};
   const int64_t depth = p.shape.group_in() * p.shape.R * p.shape.S;
   const int64_t lines = p.algorithm == Conv2dAlgorithm::Direct ? 1 : p.shape.groups;
@@ -117,7 +132,6 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   Conv2dParams p{};
   p.dtype = *dtype_of(input);
   p.shape = q.shape;
-  p.algorithm = choose(q.shape);
   p.activation = activation_of("conv2d", activation);
   const Tensor laid = lay_out(q.input, q.shape, q.format, p.input_strides);
   p.input = laid.const_data_ptr();
@@ -125,7 +139,12 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   p.weight_strides = strides_of(weight);
   if (packed) {
     check_packed(*packed, weight);
+    p.algorithm = choose(q.shape, p.dtype, true);
     if (packed->sizes() == IntArrayRef(packed_shape(p))) p.packed = packed->const_data_ptr();
+  }
+  if (!p.packed) {
+    p.algorithm = choose(q.shape, p.dtype, false);
+    if (packed && packed->sizes() == IntArrayRef(packed_shape(p))) p.packed = packed->const_data_ptr();
   }
   p.bias = q.bias ? q.bias->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
@@ -178,7 +197,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
   Conv2dBackwardParams p{};
   p.dtype = *dtype_of(input);
   p.shape = q.shape;
-  p.algorithm = choose(q.shape);
+  p.algorithm = p.input_algorithm = choose(q.shape, false, false);
+  const Conv2dAlgorithm transposed = choose(q.shape.transposed(), p.dtype, false);
+  if (q.shape.winograd() && is_winograd(transposed)) p.input_algorithm = transposed;
   p.grad_output = grad.const_data_ptr();
   const Tensor laid = lay_out(q.input, q.shape, q.format, p.input_strides);
   p.input = laid.const_data_ptr();
@@ -209,8 +230,17 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 
+Conv2dAlgorithm algorithm_of(std::string_view name) {
+  std::string known;
+  for (int i = 0; i < static_cast<int>(std::size(kConv2dAlgorithmNames)); ++i) {
+    if (name == kConv2dAlgorithmNames[i]) return static_cast<Conv2dAlgorithm>(i);
+    known += std::string(i ? ", " : "") + kConv2dAlgorithmNames[i];
+  }
+  TORCH_CHECK_VALUE(false, "fastnn.conv2d: algorithm must be one of ", known, "; got '", std::string(name), "'.");
+}
+
 // The params that packing reads.
-Conv2dParams pack_params(IntArrayRef weight_sizes, DType dtype, int64_t groups, bool channels_last) {
+Conv2dParams pack_params(IntArrayRef weight_sizes, DType dtype, int64_t groups, bool channels_last, Name algorithm) {
   Conv2dParams p{};
   p.dtype = dtype;
   p.shape.K = weight_sizes[0], p.shape.C = weight_sizes[1] * groups;
@@ -218,16 +248,19 @@ Conv2dParams pack_params(IntArrayRef weight_sizes, DType dtype, int64_t groups, 
   p.shape.groups = groups;
   p.shape.stride_h = p.shape.stride_w = p.shape.dilation_h = p.shape.dilation_w = 1;
   p.shape.channels_last = channels_last;
-  p.algorithm = choose(p.shape);
+  p.algorithm = algorithm ? algorithm_of(*algorithm) : choose(p.shape, forced_algorithm.has_value(), true);
+  TORCH_CHECK_VALUE(!is_winograd(p.algorithm) || p.shape.winograd(),
+                    "fastnn.conv2d_pack: algorithm must fit the weight ", weight_sizes, "; got '",
+                    kConv2dAlgorithmNames[static_cast<int>(p.algorithm)], "'.");
   p.threads = num_threads();
   return p;
 }
 
-Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups, bool channels_last) {
+Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups, bool channels_last, Name algorithm) {
   TORCH_CHECK(weight.dim() == 4 && dtype_of(weight) && groups > 0 && weight.size(0) % groups == 0,
               "fastnn.conv2d_pack: weight must be [K, C / groups, R, S] of float32, float64, bfloat16 or float16; got ",
               weight.scalar_type(), " ", weight.sizes(), ".");
-  Conv2dParams p = pack_params(weight.sizes(), *dtype_of(weight), groups, channels_last);
+  Conv2dParams p = pack_params(weight.sizes(), *dtype_of(weight), groups, channels_last, algorithm);
   p.weight = weight.const_data_ptr();
   p.weight_strides = strides_of(weight);
   Tensor packed =
@@ -330,13 +363,6 @@ py::object conv2d_entry(py::handle input, py::handle weight, py::handle bias, co
   return wrap(std::move(output));
 }
 
-void force_conv2d_algorithm(std::optional<std::string_view> name) {
-  if (!name) return forced_algorithm.reset();
-  for (int i = 0; i < 3; ++i)
-    if (*name == kConv2dAlgorithmNames[i]) return void(forced_algorithm = static_cast<Conv2dAlgorithm>(i));
-  throw py::value_error("fastnn._C._force_conv2d_algorithm: name must be pointwise, implicit, direct or None.");
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -349,7 +375,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? saved, int[2] stride, "
       "int[4] padding, int[2] dilation, int groups, str? activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
-  m.def("conv2d_pack(Tensor weight, int groups, bool channels_last) -> Tensor");
+  m.def("conv2d_pack(Tensor weight, int groups, bool channels_last, str? algorithm=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv2d", conv2d_cpu);
@@ -364,19 +390,35 @@ void bind_conv2d(py::module_& m) {
         py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("activation") = py::none(),
         py::arg("packed") = py::none());
   m.def("_conv2d_packed_shape",
-        [](const std::vector<int64_t>& weight, bool is_double, int64_t groups, bool channels_last) {
-          return packed_shape(pack_params(weight, is_double ? DType::Float64 : DType::Float32, groups, channels_last));
+        [](const std::vector<int64_t>& weight, bool is_double, int64_t groups, bool channels_last, Name algorithm) {
+          const DType dtype = is_double ? DType::Float64 : DType::Float32;
+          return packed_shape(pack_params(weight, dtype, groups, channels_last, algorithm));
         });
   m.def(
       "_conv2d_algorithm",
       [](const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
-         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool frozen) {
         const Problem q = check(input, weight, std::nullopt, stride, padding, dilation, groups);
-        return std::string(kConv2dAlgorithmNames[static_cast<int>(choose(q.shape))]);
+        return kConv2dAlgorithmNames[static_cast<int>(choose(q.shape, *dtype_of(input), frozen))];
       },
-      "The algorithm that a call would run.");
-  m.def("_force_conv2d_algorithm", force_conv2d_algorithm, py::arg("name").none(true),
-        "Force an algorithm where it fits, None for the rule (tests).");
+      py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("groups"), py::arg("frozen") = false, "The algorithm that a call would run.");
+  m.def(
+      "_force_conv2d_algorithm",
+      [](Name name) { forced_algorithm = name ? std::optional(algorithm_of(*name)) : std::nullopt; },
+      py::arg("name").none(true), "Force an algorithm where it fits, None for the rule (tests).");
+  m.def(
+      "_conv2d_winograd",
+      [](const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
+         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) -> const char* {
+        if (!served(input) || !served(weight)) return nullptr;
+        const Problem q = check(input, weight, std::nullopt, stride, padding, dilation, groups);
+        const Conv2dAlgorithm a = choose(q.shape, *dtype_of(input), true);
+        return is_winograd(a) ? kConv2dAlgorithmNames[static_cast<int>(a)] : nullptr;
+      },
+      "The name of Winograd's algorithm where a call with packed weights would run it, else None.");
+  m.def("winograd", [] { return winograd_allowed.load(); }, "See fastnn.backends.");
+  m.def("set_winograd", [](bool allowed) { winograd_allowed = allowed; }, py::arg("allowed"));
 }
 
 }  // namespace fastnn::bindings

@@ -68,8 +68,8 @@ void conv2d_grad_input(const Conv2dBackwardParams& params) {
       p.weight_in = params.weight_strides.image, p.weight_out = params.weight_strides.channel;
       p.weight_group = p.in * p.weight_in;
       p.threads = params.threads;
-      if (params.algorithm == Conv2dAlgorithm::Pointwise) flatten(p);
-      run_pass(p, params.algorithm, s.channels_last);
+      if (params.input_algorithm == Conv2dAlgorithm::Pointwise) flatten(p);
+      run_pass(p, params.input_algorithm, s.channels_last);
     }
 }
 

@@ -11,6 +11,7 @@ struct Conv2dKernels {
   void (*activation_backward)(const Conv2dActivationBackwardParams&);
   int64_t (*packed_size)(const Conv2dParams&);
   void (*pack)(const Conv2dParams&, void* packed);
+  int64_t (*panel_width)(const Conv2dParams&);
 };
 
 }  // namespace fastnn::cpu

@@ -4,6 +4,7 @@
 #include "cpu/conv2d_implicit_nchw.inl"
 #include "cpu/conv2d_implicit_nhwc.inl"
 #include "cpu/conv2d_rows.inl"
+#include "cpu/conv2d_winograd.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -74,6 +75,8 @@ void run_pass(const Conv2dPass<T>& pass, Conv2dAlgorithm algorithm, bool channel
   if (pass.N * pass.groups * pass.out * pass.OH * pass.OW == 0) return;
   if (algorithm == Conv2dAlgorithm::Direct && pass.in > 0)
     return channels_last ? conv2d_direct_nhwc(pass) : conv2d_direct_nchw(pass);
+  if (algorithm == Conv2dAlgorithm::Winograd2) return conv2d_winograd<2>(pass, channels_last);
+  if (algorithm == Conv2dAlgorithm::Winograd4) return conv2d_winograd<4>(pass, channels_last);
   if (channels_last) return conv2d_implicit_nhwc(pass);
   RowsNchw<T>::serves(pass) ? conv2d_rows_nchw(pass) : conv2d_implicit_nchw(pass);
 }

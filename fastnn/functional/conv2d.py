@@ -41,12 +41,12 @@ def conv2d(
         groups: how many groups the channels fall into.
         activation: f, one of ``relu gelu gelu_tanh silu sigmoid tanh leaky_relu elu hardswish relu6 softplus mish``
             with torch's default parameters, or None.
-        packed: what ``torch.ops.fastnn.conv2d_pack(weight, groups, channels_last)`` made of this weight, for inference
-            with frozen weights; left unused where the layout of the call is another.
+        packed: what ``torch.ops.fastnn.conv2d_pack(weight, groups, channels_last, algorithm)`` made of this weight, for
+            inference with frozen weights; left unused where the layout or the algorithm of the call is another.
 
     Returns:
         ``[N, K, OH, OW]`` (without N for an unbatched input), channels_last where input or weight is. Sums are kept in
-        float32 (float64 for float64).
+        float32 (float64 for float64). 3 x 3 kernels may run by Winograd's algorithm: see :mod:`fastnn.backends`.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together, or padding="same" with a stride.
@@ -55,13 +55,16 @@ def conv2d(
 
     Source: ``torch.nn.functional.conv2d``; kernels in ``csrc/cpu/conv2d*.inl``.
     """
+    return padded_conv2d(input, weight, bias, *geometry(weight, stride, padding, dilation), groups, activation, packed)
+
+
+def geometry(weight: Tensor, stride, padding, dilation) -> tuple[list[int], list[int], list[int]]:
+    """Bring :func:`conv2d`'s arguments to pairs, and the padding to top, bottom, left, right."""
     steps, spread = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
-        pads = _named_padding(padding, weight, steps, spread)
-    else:
-        rows, columns = _pair("padding", padding)
-        pads = [rows, rows, columns, columns]
-    return padded_conv2d(input, weight, bias, steps, pads, spread, groups, activation, packed)
+        return steps, _named_padding(padding, weight, steps, spread), spread
+    rows, columns = _pair("padding", padding)
+    return steps, [rows, rows, columns, columns], spread
 
 
 def padded_conv2d(
@@ -207,9 +210,9 @@ def _(grad_output, input, weight, bias, saved, stride, padding, dilation, groups
 
 
 @torch.library.register_fake("fastnn::conv2d_pack")
-def _(weight, groups, channels_last):
+def _(weight, groups, channels_last, algorithm=None):
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    shape = _C._conv2d_packed_shape(list(weight.shape), dtype == torch.float64, groups, channels_last)
+    shape = _C._conv2d_packed_shape(list(weight.shape), dtype == torch.float64, groups, channels_last, algorithm)
     return weight.new_empty(shape, dtype=dtype)
 
 

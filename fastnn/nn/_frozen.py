@@ -29,10 +29,13 @@ class Frozen:
         self.__dict__.pop("_frozen", None)
         self.__dict__.pop("_pack", None)
 
-    def _packed(self, weights: Tensor | list[Tensor], pack: Callable, *arguments) -> Tensor | list[Tensor] | None:
-        """``pack(weights, *arguments)``, kept; None where a gradient, a trace or a device without kernels forbids it.
+    def _packed(
+        self, weights: Tensor | list[Tensor], pack: Callable, arguments: Callable[[], tuple] = tuple
+    ) -> Tensor | list[Tensor] | None:
+        """``pack(weights, *arguments())``, kept; None where a gradient, a trace or a device without kernels forbids it.
 
-        ``weights`` is what ``pack`` takes, one tensor or a list; an edit of any of them makes everything anew.
+        ``weights`` is what ``pack`` takes, one tensor or a list; an edit of any of them makes everything anew. Each
+        answer of ``arguments``, which is asked only where packing is allowed, has a copy of its own.
         """
         if torch.compiler.is_compiling():
             return None
@@ -41,14 +44,14 @@ class Frozen:
         stamp = _C.stamp(given)
         if stamp is None:
             return None
-        kept = self._pack
-        if kept is None or kept[0] != (stamp, arguments):
+        how, kept = arguments(), self._pack
+        if kept is None or kept[0] != stamp or how not in kept[1]:
             with torch.inference_mode(False), torch.no_grad():
-                # The weights are kept too: while they and their storages live, no other has their identity and address.
-                own = [w.detach() for w in given]
-                kept = ((stamp, arguments), pack(own[0] if alone else own, *arguments), own, given)
-            self._pack = kept
-        return kept[1]
+                if kept is None or kept[0] != stamp:
+                    # The weights are kept too: while they and their storages live, no other has their identity and address.
+                    kept = self._pack = (stamp, {}, [w.detach() for w in given], given)
+                kept[1][how] = pack(kept[2][0] if alone else kept[2], *how)
+        return kept[1][how]
 
     def __getstate__(self):
         above = getattr(super(), "__getstate__", None)  # object has one from Python 3.11 on

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnn import functional
+from fastnn._library import _C
+from fastnn.functional.conv2d import geometry, padded_conv2d
 from fastnn.nn._frozen import Fold, Frozen
 
 
@@ -56,22 +57,21 @@ class Conv2d(Frozen, torch.nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return functional.conv2d(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            activation=self.activation,
-            packed=self._packed_for(input, weight),
-        )
+        return self._padded(input, weight, bias, *geometry(weight, self.stride, padding, self.dilation))
 
-    def _packed_for(self, input: Tensor, weight: Tensor) -> Tensor | None:
-        if not self._frozen or (self._fold is None and weight is not self.weight):
-            return None
-        return self._packed(weight, torch.ops.fastnn.conv2d_pack, self.groups, _channels_last(input, weight))
+    def _padded(self, input: Tensor, weight: Tensor, bias: Tensor | None, *where: list[int]) -> Tensor:
+        """Convolve; ``where`` is stride, padding of the four sides, dilation."""
+        packed = None
+        if self._frozen and (self._fold is not None or weight is self.weight):
+            packed = self._packed(weight, torch.ops.fastnn.conv2d_pack, lambda: self._packing(input, weight, *where))
+        return padded_conv2d(input, weight, bias, *where, self.groups, self.activation, packed)
+
+    def _packing(self, input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple:
+        """How the weight is to be packed for this call: groups, channels_last, algorithm."""
+        algorithm = None
+        if weight.shape[2:] == (3, 3) and stride == dilation == [1, 1]:
+            algorithm = _C._conv2d_winograd(input, weight, stride, padding, dilation, self.groups)
+        return self.groups, _channels_last(input, weight), algorithm
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")

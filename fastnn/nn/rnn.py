@@ -32,7 +32,9 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
         """Return the packed weights of each layer and direction; None where they may not be kept."""
         if not all(map(self._parameters.__contains__, self._flat_weights_names)):
             return None  # parametrized: other tensors at each call
-        return self._packed(weights, _pack_stack, self.mode, self.num_layers * (2 if self.bidirectional else 1))
+        return self._packed(
+            weights, _pack_stack, lambda: (self.mode, self.num_layers * (2 if self.bidirectional else 1))
+        )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dtype = self._weights()[0].dtype
@@ -185,7 +187,7 @@ class _Cell(Frozen):
         packed = None
         if self._frozen and all(map(own.__contains__, _CELL_WEIGHTS)):  # not parametrized: other tensors at each call
             given = [w for w in weights if w is not None]
-            packed = self._packed(given, torch.ops.fastnn.rnn_pack, mode) if len(given) % 2 == 0 else None
+            packed = self._packed(given, torch.ops.fastnn.rnn_pack, lambda: (mode,)) if len(given) % 2 == 0 else None
         return function(x, hx, *weights, packed=packed)
 
 

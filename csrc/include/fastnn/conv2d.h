@@ -5,6 +5,7 @@
 //       * weight[k, c, r, s]),   input read as zero outside the image.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "fastnn/types.h"
@@ -13,8 +14,11 @@ namespace fastnn {
 
 // Pointwise: 1x1 without stride or padding, the image is one row of pixels. Implicit: GEMM whose patches are gathered
 // while packing. Direct: few channels a group (depthwise and its kin), no GEMM.
-enum class Conv2dAlgorithm : int32_t { Pointwise, Implicit, Direct };
-inline constexpr const char* kConv2dAlgorithmNames[] = {"pointwise", "implicit", "direct"};
+enum class Conv2dAlgorithm : int32_t { Pointwise, Implicit, Direct, Winograd2, Winograd4 };
+inline constexpr const char* kConv2dAlgorithmNames[] = {"pointwise", "implicit", "direct", "winograd2", "winograd4"};
+inline bool is_winograd(Conv2dAlgorithm a) {
+  return a == Conv2dAlgorithm::Winograd2 || a == Conv2dAlgorithm::Winograd4;
+}
 
 struct Conv2dShape {
   int64_t N, C, H, W;  // input
@@ -31,13 +35,48 @@ struct Conv2dShape {
   bool pointwise() const {
     return R == 1 && S == 1 && stride_h == 1 && stride_w == 1 && pad_top == 0 && pad_left == 0 && OH == H && OW == W;
   }
+  bool winograd() const {
+    return R == 3 && S == 3 && stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1;
+  }
+  // The problem whose output is the gradient of this one's input; for stride 1.
+  Conv2dShape transposed() const {
+    Conv2dShape t = *this;
+    t.C = K, t.H = OH, t.W = OW, t.K = C, t.OH = H, t.OW = W;
+    t.pad_top = (R - 1) * dilation_h - pad_top, t.pad_left = (S - 1) * dilation_w - pad_left;
+    return t;
+  }
 };
 
+// What F(m x m, 3 x 3) costs in place of the direct sum, in multiply-adds that a core does in the same time (measured on
+// AVX2): the products, with tiles that reach over the edge; the transforms, for each tile and channel; and what each
+// element of the filter costs once a call, to be read from memory or, where it is not packed before, to be made.
+struct WinogradCost {
+  int64_t m;
+  double input, output, filter;
+};
+inline constexpr WinogradCost kWinogradCosts[] = {{2, 120, 110, 10}, {4, 320, 270, 12}};
+inline constexpr double kWeightCost = 8;
+
+inline double direct_cost(const Conv2dShape& s) {
+  return 9.0 * s.group_in() * s.group_out() * (static_cast<double>(s.N) * s.OH * s.OW + kWeightCost);
+}
+inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool frozen) {
+  const double tiles = static_cast<double>(s.N) * ((s.OH + f.m - 1) / f.m) * ((s.OW + f.m - 1) / f.m);
+  const double in = s.group_in(), out = s.group_out(), points = (f.m + 2) * (f.m + 2);
+  return points * in * out * (tiles + (frozen ? kWeightCost : f.filter)) + tiles * (in * f.input + out * f.output);
+}
+
 // The rule that chooses, in one place; the number of threads has no say in it. A group with few channels leaves a GEMM
-// tile mostly empty, and the direct kernel reads each of its pixels from L1 instead.
-inline Conv2dAlgorithm conv2d_algorithm(const Conv2dShape& s) {
+// tile mostly empty, and the direct kernel reads each of its pixels from L1 instead. winograd: whether it may be chosen;
+// frozen: whether the filter is packed before the call.
+inline Conv2dAlgorithm conv2d_algorithm(const Conv2dShape& s, bool winograd, bool frozen) {
   const bool few = s.groups > 1 && s.group_in() <= 8 && s.group_out() <= 8;
   if (few) return Conv2dAlgorithm::Direct;
+  if (winograd && s.winograd() && s.group_in() >= 16 && s.group_out() >= 16) {
+    const double two = winograd_cost(s, kWinogradCosts[0], frozen), four = winograd_cost(s, kWinogradCosts[1], frozen);
+    if (std::min(two, four) < 0.8 * direct_cost(s))
+      return four < two ? Conv2dAlgorithm::Winograd4 : Conv2dAlgorithm::Winograd2;
+  }
   return s.pointwise() ? Conv2dAlgorithm::Pointwise : Conv2dAlgorithm::Implicit;
 }
 
@@ -65,7 +104,7 @@ struct Conv2dParams {
 struct Conv2dBackwardParams {
   DType dtype;
   Conv2dShape shape;
-  Conv2dAlgorithm algorithm;
+  Conv2dAlgorithm algorithm, input_algorithm;  // of all, but for grad_input
   const void* grad_output;  // [N, K, OH, OW], dense in the memory format; the activation's derivative is already in it
   const void* input;        // [N, C, H, W], strides below; read for grad_weight only
   ImageStrides input_strides;
@@ -99,6 +138,8 @@ void conv2d_activation_backward(const Conv2dActivationBackwardParams& params);
 // only shape, algorithm, weight, weight_strides, dtype and threads of `params` are read.
 int64_t conv2d_packed_size(const Conv2dParams& params);
 void conv2d_pack(const Conv2dParams& params, void* packed);
+// Output channels that lie next to each other in Winograd's packed weights.
+int64_t conv2d_panel_width(const Conv2dParams& params);
 
 }  // namespace cpu
 }  // namespace fastnn
