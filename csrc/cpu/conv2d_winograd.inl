@@ -309,7 +309,7 @@ struct Winograd {
       Vec<C> column[VECTORS];
 #pragma GCC unroll 2
       for (int j = 0; j < VECTORS; ++j) column[j] = load(u + j * L);
-      if (WINO_PF) __builtin_prefetch(ahead + k * NR, 0, WINO_PF);
+      __builtin_prefetch(ahead + k * NR, 0, 3);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         const Vec<C> x = splat<C>(row[i][k]);
