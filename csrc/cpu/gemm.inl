@@ -65,8 +65,7 @@ FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, C* dst, int
 }
 
 // Packs `rows` (<= WIDTH) rows of a strided matrix, X[row, k] = src[row * row_stride + k * k_stride], into
-// dst[k * WIDTH + row]; missing rows become zero. Either stride may be anything; unit strides are fast. A panel narrower
-// than a vector is written by vectors that overlap: up to a vector past its end, so panels are packed in their order.
+// dst[k * WIDTH + row]; missing rows become zero. Either stride may be anything; unit strides are fast.
 template <int WIDTH, class C, class T>
 inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t depth, C* dst) {
   constexpr int L = kLanes<C>;
@@ -85,8 +84,10 @@ inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64
   }
   int64_t row = 0;
   if (WIDTH < L && rows == WIDTH && k_stride == 1) {
+    // Vectors overlap the next line of the panel; the last line, which has no next, is left to scalars.
+    static_assert(WIDTH >= L || 2 * WIDTH >= L);
     int64_t k = 0;
-    for (; k + L <= depth; k += L) pack_transposed<C, WIDTH>(src + k, row_stride, dst + k * WIDTH, WIDTH);
+    for (; k + L < depth; k += L) pack_transposed<C, WIDTH>(src + k, row_stride, dst + k * WIDTH, WIDTH);
     for (; k < depth; ++k)
       for (int i = 0; i < WIDTH; ++i) dst[k * WIDTH + i] = load_one(src + i * row_stride + k);
     return;
@@ -342,7 +343,7 @@ struct Blocking {
 };
 template <class C>
 inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place, int64_t group) {
-  constexpr int64_t MR = kMR<C>, NR = kNR<C>, L = kLanes<C>;
+  constexpr int64_t MR = kMR<C>, NR = kNR<C>;
   Blocking s;
   s.KC = depth_of_block<C>(K);
   const int64_t depth = std::max<int64_t>(s.KC, 1);
@@ -363,7 +364,7 @@ inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place, int64_t
   }
   s.NC = std::min(s.NC, (N + NR - 1) / NR * NR);
   if (!in_place && s.KC < K) s.partial_size = s.MS * s.NC;
-  s.a_size = s.MC * depth + L;  // see pack_panel
+  s.a_size = s.MC * depth;
   s.b_size = (s.keep_b ? s.NC : std::min(group * NR, s.NC)) * depth;
   return s;
 }
