@@ -237,8 +237,8 @@ def test_the_choice_of_algorithm():
     assert chosen(16, 32, 1) == "pointwise"
     assert chosen(16, 32, 1, stride=(2, 2)) == chosen(16, 32, 3) == chosen(64, 64, 3, 2) == "implicit"
     assert chosen(16, 16, 3, 16) == chosen(16, 32, 3, 16) == chosen(32, 32, 3, 8) == "direct"
-    with pytest.raises(ValueError, match="must be pointwise, implicit, direct or None"):
-        _C._force_conv2d_algorithm("winograd")
+    with pytest.raises(ValueError, match="must be one of pointwise, implicit, direct, winograd2, winograd4; got 'fft'"):
+        _C._force_conv2d_algorithm("fft")
 
 
 def strides(layout, tensor):
