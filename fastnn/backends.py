@@ -2,7 +2,7 @@
 
 ``fastnn.backends.winograd`` (bool, True at first): whether a 3 x 3 convolution of stride 1 may run by Winograd's
 algorithm, where that is faster. It takes a half to a quarter of the multiplications. Its rounding error is larger than
-that of the direct sum (:func:`fastnn.testing.winograd_magnitude` states the bound), and an infinity or NaN in the input
+that of the direct sum (``fastnn.testing.WINOGRAD_BOUND`` states the bound), and an infinity or NaN in the input
 reaches all outputs of its tile, up to three pixels further than the kernel does. Setting it to False turns it off at
 once, for every thread, in frozen modules too. Results are deterministic either way.
 """

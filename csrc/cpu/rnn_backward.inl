@@ -42,12 +42,14 @@ struct RnnGradientsA {
   int64_t width, K, skip_from, skip;  // of a direction: row width, depth; columns from skip_from on lie `skip` further
   const C* panel(int64_t m0, int64_t rows, int64_t k0, int64_t depth, C* scratch) const {
     constexpr int MR = kMR<C>;
-    for (int64_t m = 0; m < rows; m += MR) {
+    const RowTiles<C> tiles(rows);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t m = tiles.begin(t), height = tiles.begin(t + 1) - m;
       for (int64_t k = k0, end = k0 + depth, next; k < end; k = next) {
         const int64_t d = k / K, column = k % K;
         next = std::min(end, d * K + (column < skip_from ? skip_from : K));
-        pack_panel<MR>(data[d] + (m0 + m) * width + column + (column < skip_from ? 0 : skip), width, 1,
-                       std::min<int64_t>(MR, rows - m), next - k, scratch + m * depth + (k - k0) * MR);
+        pack_panel<MR>(data[d] + (m0 + m) * width + column + (column < skip_from ? 0 : skip), width, 1, height,
+                       next - k, scratch + (t * depth + k - k0) * MR);
       }
     }
     return scratch;
