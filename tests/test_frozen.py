@@ -127,7 +127,7 @@ def agree(own, stock, x):
 
 
 def copies(module):
-    packed = module._pack[1]
+    packed = next(iter(module._pack[1].values()))
     return packed if isinstance(packed, list) else [packed]
 
 

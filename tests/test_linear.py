@@ -332,9 +332,9 @@ def test_frozen_weights_are_packed_once_and_never_stale():
     x = torch.randn(20, 40)
     with torch.no_grad():
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
-        first = module._pack[1]
+        (first,) = module._pack[1].values()
         module(x)
-        assert module._pack[1] is first
+        assert next(iter(module._pack[1].values())) is first and len(module._pack[1]) == 1
         module.weight.mul_(2)
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias))
         module.weight.data = torch.randn(30, 40)
