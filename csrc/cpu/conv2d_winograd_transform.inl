@@ -12,6 +12,29 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
+// The taps as a 3 x 3 grid: where its corner lies, and the weight of (r, s).
+struct WinogradGrid {
+  bool fits = false;
+  int64_t dy = 0, dx = 0, weight[9];
+  bool dense = true;  // the nine weights lie next to each other
+
+  template <class T>
+  explicit WinogradGrid(const Conv2dPass<T>& p) {
+    if (p.tap_count != 9 || p.step_h != 1 || p.step_w != 1) return;
+    const TapBox box(p);
+    dy = box.y0, dx = box.x0;
+    if (box.y1 - box.y0 != 2 || box.x1 - box.x0 != 2) return;
+    int found = 0;
+    for (int64_t t = 0; t < 9; ++t) {
+      const int64_t at = (p.taps[t].dy - dy) * 3 + p.taps[t].dx - dx;
+      weight[at] = p.taps[t].weight;
+      found |= 1 << at;
+      dense &= weight[at] < 9;
+    }
+    fits = found == 0x1ff;
+  }
+};
+
 // One dimension of each transform. `in` and `out` do not overlap.
 template <int M, class C>
 FASTNN_INLINE void winograd_input(const Vec<C>* d, Vec<C>* t) {
