@@ -166,7 +166,8 @@ def test_new_weights_show(recurrent):
     own, stock, _, x = recurrent
     agree(own, stock, x)
     for assign in (False, True):
-        state = {name: torch.randn_like(t) for name, t in stock.state_dict().items()}
+        # Of the size that the modules start with: larger ones multiply rounding errors from step to step.
+        state = {name: torch.randn_like(t) / 4 for name, t in stock.state_dict().items()}
         for module in (own, stock):
             module.load_state_dict(copy.deepcopy(state), assign=assign)
         agree(own, stock, x)
@@ -174,7 +175,7 @@ def test_new_weights_show(recurrent):
     for isa in testing.available_isas():
         with testing.forced_isa(isa):
             agree(own, stock, x.double())
-    other = {name: torch.randn_like(t) for name, t in stock.state_dict().items()}
+    other = {name: torch.randn_like(t) / 4 for name, t in stock.state_dict().items()}
     with torch.no_grad():
         a, b = (torch.func.functional_call(module, other, x.double()) for module in (own, stock))
     for y, z in zip(_pytree.tree_leaves(a), _pytree.tree_leaves(b), strict=True):
