@@ -21,8 +21,8 @@ struct DepthwiseNchw {
   const C* rows;  // weights, [groups][taps]
   TapBox box;
   int64_t top, left, height, width;  // of the padded block: source row and column of its corner, and its size
-  Scratch<int32_t> input_at, output_at,
-      tap_at;  // elements of the block: of a source pixel, of an output's corner, of a tap
+  // Where in the block, in elements: a source pixel, an output's corner, and a tap from there.
+  Scratch<int32_t> input_at, output_at, tap_at;
 
   DepthwiseNchw(const Conv2dPass<T>& pass, const C* weight_rows)
       : p(pass),

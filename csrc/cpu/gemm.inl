@@ -10,7 +10,8 @@
 //
 // The order of summation of an element depends on K alone: results are equal for every number of threads.
 // Bound by the FMA units once M >= MR. With B packed in the call, 1024^3 on one core of a shared Zen 3 reached 69-89
-// GFLOP/s of the 104 probed, 128x3072x768 67-83. Asking for the tile of C ahead of the micro-kernel gained nothing.
+// GFLOP/s of the 104 probed, 128x3072x768 67-83. Asking ahead for the tile of C, or for
+// the next panel of B, gained nothing.
 #pragma once
 
 #include "cpu/vec.h"
@@ -143,14 +144,6 @@ struct StridedA {
   }
 };
 
-// Asks for part `part` of `parts` of a strided block of memory, `lines` rows of `bytes`, to be in L2.
-FASTNN_INLINE void prefetch_part(const void* base, int64_t lines, int64_t stride_bytes, int64_t bytes, int64_t part,
-                                 int64_t parts) {
-  const int64_t of_line = (bytes + 63) / 64, count = lines * of_line;
-  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i)
-    __builtin_prefetch(static_cast<const char*>(base) + i / of_line * stride_bytes + i % of_line * 64, 0, 2);
-}
-
 // A strided matrix X[k, n] as the driver's B: panels of NR columns, each [depth][NR].
 template <class C, class T>
 struct StridedB {
@@ -176,11 +169,6 @@ struct StridedB {
     for (; n < cols; n += NR)
       pack_panel<kNR<C>>(src + n * col_stride, col_stride, k_stride, std::min(NR, cols - n), depth, dst + n * depth);
   }
-  void prefetch(int64_t n0, int64_t cols, int64_t k0, int64_t depth, int64_t part, int64_t parts) const {
-    const T* src = data + n0 * col_stride + k0 * k_stride;
-    if (k_stride == 1) prefetch_part(src, cols, col_stride * sizeof(T), depth * sizeof(T), part, parts);
-    if (col_stride == 1) prefetch_part(src, depth, k_stride * sizeof(T), cols * sizeof(T), part, parts);
-  }
 };
 
 // B packed before: K blocks of depth_of_block(K), in each all panels [depth][NR] in order. N is padded to NR.
@@ -193,9 +181,6 @@ struct PackedB {
   const C* panel(int64_t n0, int64_t k0, int64_t depth) const {
     const int64_t padded = (N + kNR<C> - 1) / kNR<C> * kNR<C>;
     return data + k0 * padded + n0 * depth;
-  }
-  void prefetch(int64_t n0, int64_t cols, int64_t k0, int64_t depth, int64_t part, int64_t parts) const {
-    prefetch_part(panel(n0, k0, depth), 1, 0, (cols + kNR<C> - 1) / kNR<C> * kNR<C> * depth * sizeof(C), part, parts);
   }
 };
 template <class C, class B>
@@ -409,11 +394,8 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
               if (in_group == 0 && (mc == ms || !s.keep_b)) b.pack(n, std::min(group * NR, nc_end - n), k, depth, b_at);
               b_packed = b_at;
             }
-            // While this panel's tiles are computed, the next one (or what it will be packed from) comes to L2.
-            const bool fetch = n + NR < nc_end && (B::kPrepacked || mc == ms || !s.keep_b);
             const RowTiles<C> tiles(mc_end - mc);
             for (int64_t t = 0; t < tiles.count; ++t) {
-              if (fetch) b.prefetch(n + NR, std::min(NR, nc_end - n - NR), k, depth, t, tiles.count);
               const int64_t m = mc + tiles.begin(t);
               place.m = m;
               place.rows = mc + tiles.begin(t + 1) - m;

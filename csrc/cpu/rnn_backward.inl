@@ -19,7 +19,6 @@ struct RnnRowsB {
   static constexpr bool kPrepacked = false;
   const C* const* rows;
   int group() const { return 1; }
-  void prefetch(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) const {}
   void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* panel) const {
     constexpr int L = kLanes<C>, NR = kNR<C>;
     for (int64_t k = 0; k < depth; ++k) {
