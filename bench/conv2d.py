@@ -91,9 +91,9 @@ def build(case: Conv2dCase, dtype: torch.dtype, memory_format: torch.memory_form
         node = ("Conv", "X W B" if case.bias else "X W", "Y", attributes)
         return peer.model([node, *peer.activation(case.activation, "Y")], {"X": x.numpy()}, weights)
 
-    def algorithm():
+    def algorithm(frozen):
         four = [[case.stride] * 2, [case.padding] * 4, [case.dilation] * 2]
-        return _C._conv2d_algorithm(tensors[0], tensors[1], *four, case.groups)
+        return _C._conv2d_algorithm(tensors[0], tensors[1], *four, case.groups, frozen)
 
     onnx = None if memory_format == torch.channels_last else onnx  # it has one layout on the CPU
     return Built(tensors, own, stock, inputs=1, frozen=frozen, onnx=onnx, algorithm=algorithm)

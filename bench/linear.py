@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import fastnn
 from bench import peer
 from bench.problem import Built, Problem
+from fastnn import _C
 from fastnn.functional import linear
 from fastnn.reference import ACTIVATIONS
 from fastnn.testing import LINEAR, LinearCase
@@ -44,8 +45,11 @@ def build(case: LinearCase, dtype: torch.dtype) -> Built:
         nodes = [("MatMul", "X W", "Y")] + ([("Add", "Y B", "Z")] if case.bias else [])
         return peer.model([*nodes, *peer.activation(case.activation, nodes[-1][2])], {"X": x.numpy()}, weights)
 
+    def algorithm(frozen):
+        return _C._linear_algorithm(*tensors[:2], frozen)
+
     own = own if case.activation else linear
-    return Built(tensors, own, stock, inputs=1, frozen=frozen, onnx=onnx)
+    return Built(tensors, own, stock, inputs=1, frozen=frozen, onnx=onnx, algorithm=algorithm)
 
 
 def group(case: LinearCase) -> str:

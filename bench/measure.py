@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
@@ -183,20 +182,14 @@ def calls(function, tensors, training):
         sources = [t for t in tensors if t is not None and t.requires_grad] + parameters(function)
         cotangent = torch.randn_like(first(function(*tensors)))
 
-        def step():
-            torch.autograd.grad(first(function(*tensors)), sources, cotangent, allow_unused=True)
+    def step():
+        torch.autograd.grad(first(function(*tensors)), sources, cotangent, allow_unused=True)
+
+    call = step if training else partial(function, *tensors)
 
     def turn(count: int) -> float:
-        if training:
-            start = time.perf_counter()
-            for _ in range(count):
-                step()
-            return (time.perf_counter() - start) / count
-        with torch.no_grad():
-            start = time.perf_counter()
-            for _ in range(count):
-                function(*tensors)
-            return (time.perf_counter() - start) / count
+        with torch.set_grad_enabled(training):
+            return peer.timed(call, count)
 
     return turn
 

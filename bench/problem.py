@@ -26,7 +26,8 @@ class Built:
         inputs: how many of ``tensors`` come anew with each call; the others are weights. None: all.
         frozen: makes fastnn's module after ``fastnn.freeze``, called with the inputs alone, or None where there is none.
         onnx: makes the ONNX model and its feeds (see bench/peer.py: ``model``), or None where there is none.
-        algorithm: says which algorithm the call of ``fastnn`` would run, or None where the op does not tell.
+        algorithm: says which algorithm a call would run, given whether its weights are frozen, or None where the op does
+            not tell.
 
     A callable may return a tuple: its first element is what is compared and what gets the gradient.
     """
@@ -38,7 +39,7 @@ class Built:
     inputs: int | None = None
     frozen: Callable[[], torch.nn.Module] | None = None
     onnx: Callable[[], tuple[bytes, dict]] | None = None
-    algorithm: Callable[[], str] | None = None
+    algorithm: Callable[[bool], str] | None = None
 
 
 @dataclass

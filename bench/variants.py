@@ -1,62 +1,27 @@
 """Was the pick right? Each algorithm that can serve a problem, forced, beside the one that the op picks itself.
 
-An op takes part if ``fastnn.testing.algorithms(op)`` names its algorithms and ``fastnn.testing.forced(op, name)`` is a
-context that forces one; where these are not there, conv2d's hook in the extension does. An algorithm that cannot serve a
-problem raises, or the op tells that another one runs (``Built.algorithm``): it is left out.
+An op takes part if ``fastnn.testing.ALGORITHMS`` has it. An algorithm that cannot serve a problem raises, or the op tells
+that another one runs (``Built.algorithm``): it is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 
 import torch
 
 from bench.measure import calls, leaves, take_turns
 from bench.problem import Problem
-from fastnn import _C, testing
+from fastnn import testing
 
 NEAR = 1.05  # a pick this close to the best is as good
 HOPELESS = 5  # not timed in turn: one call of it already says enough
 
 
-def algorithms(op: str) -> tuple[str, ...]:
-    """Return the names of an op's algorithms, none where they cannot be forced."""
-    if hasattr(testing, "algorithms"):
-        return tuple(testing.algorithms(op))
-    if op != "conv2d" or not hasattr(_C, "_force_conv2d_algorithm"):
-        return ()
-    return tuple(name for name in ("pointwise", "implicit", "direct", "winograd") if _known_to_conv2d(name))
-
-
-def _known_to_conv2d(name: str) -> bool:
-    try:
-        with _forced_conv2d(name):
-            return True
-    except ValueError:
-        return False
-
-
-def forced(op: str, name: str) -> AbstractContextManager:
-    """Run one algorithm inside the block."""
-    if hasattr(testing, "forced"):
-        return testing.forced(op, name)
-    return _forced_conv2d(name)
-
-
-@contextmanager
-def _forced_conv2d(name: str) -> Iterator[None]:
-    _C._force_conv2d_algorithm(name)
-    try:
-        yield
-    finally:
-        _C._force_conv2d_algorithm(None)
-
-
 def table(family: str, problems: list[Problem], dtype: str, direction: str, threads: int, quick: bool) -> list[dict]:
     """Measure and print; a row for each problem, plain and frozen, that two or more algorithms can serve."""
-    names = algorithms(family)
-    if len(names) < 2:
+    names = testing.ALGORITHMS.get(family, ())
+    if not names:
         print(f"\n{family}: its algorithms cannot be forced.")
         return []
     print(
@@ -91,10 +56,10 @@ def measure(family, problem: Problem, dtype, direction, threads, frozen: bool, q
     providers, hopeless = {"pick": provider()}, {}
     providers["pick"](1)
     usual = min(providers["pick"](1) for _ in range(2))
-    for name in algorithms(family):
+    for name in testing.ALGORITHMS[family]:
         try:
-            with forced(family, name):
-                if built.algorithm and built.algorithm() != name:
+            with testing.forced(family, name):
+                if built.algorithm and built.algorithm(frozen) != name:
                     continue
                 run = provider()
                 run(1)
@@ -109,7 +74,7 @@ def measure(family, problem: Problem, dtype, direction, threads, frozen: bool, q
         return None
     turns = take_turns(providers, quick, base="pick")
     times = {name: told["p50"] for name, told in turns.items()}
-    pick = built.algorithm() if built.algorithm else ""
+    pick = built.algorithm(frozen) if built.algorithm else ""
     others = [name for name in turns if name not in ("pick", pick)]  # itself, forced, differs from it by noise alone
     best = min(others, key=lambda name: turns[name]["ratio"], default=pick)
     over = max(1.0, 1 / turns[best]["ratio"]) if others else 1.0
@@ -120,7 +85,7 @@ def measure(family, problem: Problem, dtype, direction, threads, frozen: bool, q
 
 def under(family: str, name: str, run: Callable[[int], float]) -> Callable[[int], float]:
     def turn(count: int) -> float:
-        with forced(family, name):
+        with testing.forced(family, name):
             return run(count)
 
     return turn

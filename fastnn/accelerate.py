@@ -42,8 +42,7 @@ class PaddedConv2d(fastnn.nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (rows, columns), (left, right, top, bottom) = self.padding, self._zeros
-        padding = [rows + top, rows + bottom, columns + left, columns + right]
-        return self._padded(input, weight, bias, list(self.stride), padding, list(self.dilation))
+        return self._convolve(input, weight, bias, (rows + top, rows + bottom, columns + left, columns + right))
 
 
 @functools.cache

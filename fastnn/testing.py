@@ -239,6 +239,25 @@ def forced_isa(name: str) -> Iterator[None]:
         _C._set_cpu_isa(before)
 
 
+ALGORITHMS = {
+    "linear": ("gemm", "dot", "packed"),
+    "conv2d": ("pointwise", "implicit", "direct", "winograd2", "winograd4", "linear"),
+}
+
+
+@contextmanager
+def forced(op: str, algorithm: str | None) -> Iterator[None]:
+    """Run one of an op's ``ALGORITHMS`` inside the block, where it fits the problem; None: the op's own choice."""
+    from fastnn import _C
+
+    force = getattr(_C, f"_force_{op}_algorithm")
+    force(algorithm)
+    try:
+        yield
+    finally:
+        force(None)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let torch, and so fastnn, use ``count`` threads inside the block."""

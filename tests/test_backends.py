@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastnn
-from fastnn import _C
+from fastnn import _C, testing
 from fastnn.functional import conv2d
 
 
@@ -29,11 +29,8 @@ def test_winograd_is_on_and_can_be_turned_off():
     fastnn.backends.winograd = False
     assert fastnn.backends.winograd is False and _C.winograd() is False and algorithm() == "implicit"
     direct = conv2d(X, W, padding=1)
-    _C._force_conv2d_algorithm("implicit")
-    try:
+    with testing.forced("conv2d", "implicit"):
         assert torch.equal(direct, conv2d(X, W, padding=1))
-    finally:
-        _C._force_conv2d_algorithm(None)
     assert not torch.equal(direct, fast)
     fastnn.backends.winograd = True
     assert torch.equal(conv2d(X, W, padding=1), fast)

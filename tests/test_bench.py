@@ -247,28 +247,13 @@ def test_each_variant_beside_the_pick(capsys):
     assert "picks within 5 % of the best" in capsys.readouterr().out
 
 
-def test_an_op_that_cannot_be_forced_is_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(variants, "algorithms", lambda op: ())
-    assert run.main([*ARGUMENTS, "linear", "--variants", "--only", "^tiny$"]) == []
+def test_an_op_of_one_algorithm_is_left_out(capsys):
+    assert run.main([*ARGUMENTS, "rnn", "--variants", "--only", "^kws"]) == []
     assert "cannot be forced" in capsys.readouterr().out
 
 
-def test_forcing_goes_through_testing_where_it_offers_that(monkeypatch):
-    forced = []
-
-    class Forced:
-        def __init__(self, op, name):
-            forced.append((op, name))
-
-        def __enter__(self):
-            if forced[-1][1] == "other":
-                raise ValueError("it cannot serve this")
-
-        def __exit__(self, *exception):
-            pass
-
-    monkeypatch.setattr(testing, "algorithms", lambda op: ("one", "two", "other"), raising=False)
-    monkeypatch.setattr(testing, "forced", Forced, raising=False)
-    problem = next(problem for problem in linear.PROBLEMS if problem.id == "tiny")
-    row = variants.measure("linear", problem, "float32", "forward", 1, False, True)
-    assert set(row["times"]) | set(row["hopeless"]) == {"pick", "one", "two"} and ("linear", "other") in forced
+def test_variants_of_linear():
+    problem = next(problem for problem in linear.PROBLEMS if problem.id == "tiny.8x64x64")
+    for frozen, names in ((False, {"gemm", "dot"}), (True, {"gemm", "dot", "packed"})):
+        row = variants.measure("linear", problem, "float32", "forward", 1, frozen, True)
+        assert set(row["times"]) | set(row["hopeless"]) == {"pick", *names} and row["pick"] in names

@@ -34,12 +34,8 @@ def direct_sums():
 @contextmanager
 def forced(isa=None, algorithm=None):
     """Run one ISA's kernels, one algorithm."""
-    with testing.forced_isa(isa or _C.cpu_isa()):
-        _C._force_conv2d_algorithm(algorithm)
-        try:
-            yield
-        finally:
-            _C._force_conv2d_algorithm(None)
+    with testing.forced_isa(isa or _C.cpu_isa()), testing.forced("conv2d", algorithm):
+        yield
 
 
 def four(padding):
@@ -247,8 +243,43 @@ def test_the_choice_of_algorithm():
     assert chosen(16, 32, 1) == "pointwise"
     assert chosen(16, 32, 1, stride=(2, 2)) == chosen(16, 32, 3) == chosen(64, 64, 3, 2) == "implicit"
     assert chosen(16, 16, 3, 16) == chosen(16, 32, 3, 16) == chosen(32, 32, 3, 8) == "direct"
-    with pytest.raises(ValueError, match="must be one of pointwise, implicit, direct, winograd2, winograd4; got 'fft'"):
+    with pytest.raises(
+        ValueError, match="must be one of pointwise, implicit, direct, winograd2, winograd4, linear; got 'fft'"
+    ):
         _C._force_conv2d_algorithm("fft")
+
+
+WHOLE = [(1, 5, 1, 1, 7), (3, 67, 1, 1, 40), (2, 4, 3, 2, 9), (5, 6, 7, 7, 3), (1, 1, 4, 9, 1)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_a_window_as_large_as_the_image_is_linears_problem(isa, dtype):
+    """Forward and gradients, to the last bit; both ways of laying out, and mixtures, which are no rows."""
+    with testing.forced_isa(isa):
+        for n, c, h, w, k in WHOLE:
+            values = [
+                testing.integers(shape, dtype, -1, 1) for shape in ((n, c, h, w), (k, c, h, w), (k,), (n, k, 1, 1))
+            ]
+            for one, other in itertools.product(LAYOUTS, LAYOUTS):
+                x, weight = strides(one, values[0]), strides(other, values[1])
+                same = one == other or (h, w) == (1, 1)
+                assert (_C._conv2d_algorithm(x, weight, (1, 1), [0] * 4, (1, 1), 1) == "linear") is same or c == 1
+                ours = grads_and_output(lambda *t: conv2d(*t, activation="relu"), x, weight, *values[2:])
+                stock = grads_and_output(lambda *t: F.conv2d(*t).relu(), *(t.double() for t in values))
+                assert all(torch.equal(a, b.to(dtype)) for a, b in zip(ours, stock, strict=True)), (one, other, c, h, w)
+            packed = ops.conv2d_pack(values[1], 1, False)
+            assert torch.equal(
+                conv2d(*values[:3], packed=packed), F.conv2d(*(t.double() for t in values[:3])).to(dtype)
+            )
+    with testing.forced("conv2d", "implicit"):
+        assert _C._conv2d_algorithm(values[0], values[1], (1, 1), [0] * 4, (1, 1), 1) == "implicit"
+
+
+def grads_and_output(f, x, weight, bias, grad):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    output = f(*leaves)
+    return output.detach(), *torch.autograd.grad(output, leaves, grad)
 
 
 def strides(layout, tensor):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import fastnn
 from fastnn import _C, reference, testing
 from fastnn.functional import conv2d
-from fastnn.functional.conv2d import padded_conv2d
 
 ISAS = testing.available_isas()
 LAYOUTS = ("contiguous", "channels_last")
@@ -22,12 +21,8 @@ ops = torch.ops.fastnn
 @contextmanager
 def forced(isa=None, algorithm=None):
     """Run one ISA's kernels, one algorithm."""
-    with testing.forced_isa(isa or _C.cpu_isa()):
-        _C._force_conv2d_algorithm(algorithm)
-        try:
-            yield
-        finally:
-            _C._force_conv2d_algorithm(None)
+    with testing.forced_isa(isa or _C.cpu_isa()), testing.forced("conv2d", algorithm):
+        yield
 
 
 def pair(value):
@@ -58,7 +53,7 @@ def check(tile, x, w, b, padding, groups=1, activation=None, name="conv2d", pack
     double = [None if t is None else t.double() for t in (x, w, b)]
     oracle = reference.conv2d(*double, (1, 1), sides, (1, 1), groups, activation)
     magnitude = reference.winograd_magnitude(x, w, b, sides, groups, tile)
-    ours = padded_conv2d(x, w, b, [1, 1], sides, [1, 1], groups, activation, packed)
+    ours = conv2d(x, w, b, 1, sides, 1, groups, activation=activation, packed=packed)
     assert ours.dtype == x.dtype
     testing.assert_close_to_oracle(
         ours, oracle, 1.2 * magnitude + (activation is not None) * 1e-3, c=testing.WINOGRAD_BOUND[tile], name=name

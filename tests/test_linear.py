@@ -1,6 +1,7 @@
 """fastnn.functional.linear and fastnn.nn.Linear against the float64 oracle and torch's own error."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastnn
-from fastnn import reference, testing
+from fastnn import _C, reference, testing
 from fastnn.functional import linear
 
 ISAS = testing.available_isas()
@@ -81,6 +82,56 @@ def test_whole_numbers_are_exact_in_half_dtypes(isa, dtype):
         for m, n, k in [(1, 3, 5), (7, 17, 33), (30, 50, 61), (19, 130, 600), (200, 40, 700)]:
             x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1)
             assert torch.equal(linear(x, w), (x.float() @ w.float().t()).to(dtype)), (isa, m, n, k)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("algorithm", testing.ALGORITHMS["linear"])
+def test_every_algorithm_is_exact(isa, algorithm):
+    """Forced where another would be picked: rows and columns around every tile, depths around a vector and a K block."""
+    with testing.forced_isa(isa), testing.forced("linear", algorithm):
+        for dtype in testing.DTYPES:
+            low, high = (-1, 1) if dtype in testing.HALF_DTYPES else (-4, 4)
+            for m, n, k in itertools.product((1, 2, 3, 4, 7, 16, 19), (1, 2, 7, 12, 17, 50, 64, 67, 131), (1, 9, 40)):
+                x, w = testing.integers((m, k), dtype, low, high), testing.integers((n, k), dtype, low, high)
+                packed = ops.linear_pack(w) if algorithm == "packed" else None
+                assert _C._linear_algorithm(x, w, packed is not None) == algorithm
+                exact = (x.double() @ w.double().t()).to(dtype)
+                assert torch.equal(linear(x, w, packed=packed), exact), (dtype, m, n, k)
+            for m, n, k in [(3, 5, 300), (33, 20, 517)]:
+                x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1)
+                packed = ops.linear_pack(w) if algorithm == "packed" else None
+                assert torch.equal(linear(x, w, packed=packed), (x.double() @ w.double().t()).to(dtype))
+
+
+def chosen(m, n, k, dtype=torch.float32, frozen=False):
+    return _C._linear_algorithm(torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), frozen)
+
+
+def test_the_choice_of_algorithm():
+    assert chosen(1, 768, 768) == chosen(1, 768, 768, frozen=True) == "dot"  # a weight read once is not worth packing
+    assert chosen(512, 10, 768) == chosen(512, 10, 768, frozen=True) == "dot"  # ten outputs leave a panel empty
+    assert chosen(128, 768, 768) == chosen(128, 50, 13) == "gemm"
+    assert chosen(128, 768, 768, frozen=True) == chosen(6, 256, 256, frozen=True) == "packed"
+    for dtype in testing.DTYPES:
+        names = [chosen(m, 768, 768, dtype) for m in range(1, 130)]
+        assert names == sorted(names)  # more rows never bring the dot products back
+    x, w = torch.empty(40, 3).t(), torch.empty(5, 40)
+    assert _C._linear_algorithm(x, w) == "gemm" == _C._linear_algorithm(x.contiguous(), torch.empty(40, 5).t())
+    with testing.forced("linear", "packed"):
+        assert chosen(1, 8, 8) == "gemm" and chosen(1, 8, 8, frozen=True) == "packed"
+    with testing.forced("linear", "dot"):
+        assert _C._linear_algorithm(x, w) == "gemm" and chosen(500, 500, 50, frozen=True) == "dot"
+    with pytest.raises(ValueError, match="algorithm must be one of gemm, dot, packed; got 'fft'"):
+        _C._force_linear_algorithm("fft")
+
+
+def test_a_frozen_weight_is_packed_only_for_who_reads_it():
+    module = fastnn.freeze(fastnn.nn.Linear(64, 64).eval())
+    with torch.no_grad():
+        one = module(torch.randn(1, 64))
+        assert one.shape == (1, 64) and module._pack is None
+        module(torch.randn(64, 64))
+        assert len(module._pack[1]) == 1
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

@@ -28,6 +28,17 @@ inline Activation activation_of(const char* op, std::optional<std::string_view> 
                     "'.");
 }
 
+// The algorithm of that name, an enumeration's position in the list of its names.
+template <class Algorithm, size_t COUNT>
+Algorithm algorithm_of(const char* op, const char* const (&names)[COUNT], std::string_view name) {
+  std::string known;
+  for (size_t i = 0; i < COUNT; ++i) {
+    if (name == names[i]) return static_cast<Algorithm>(i);
+    known += std::string(i ? ", " : "") + names[i];
+  }
+  TORCH_CHECK_VALUE(false, "fastnn.", op, ": algorithm must be one of ", known, "; got '", std::string(name), "'.");
+}
+
 inline std::optional<DType> dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::Float32;

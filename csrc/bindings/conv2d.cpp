@@ -1,95 +1,15 @@
-// fastnn::conv2d and its backward: check, allocate, fill the params, call the kernels.
-#include "fastnn/conv2d.h"
+// fastnn::conv2d and its backward: allocate, fill the params, call the kernels.
+#include "bindings/conv2d.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cstring>
 
-#include "bindings/checks.h"
+#include "fastnn/linear.h"
 
 namespace fastnn::bindings {
 namespace {
-
-using Name = std::optional<std::string_view>;
-using at::IntArrayRef;
-
-std::optional<Conv2dAlgorithm> forced_algorithm;  // by tests
-std::atomic<bool> winograd_allowed{true};         // fastnn.backends.winograd
-
-// A checked call: input with four dimensions, shape of the problem. padding is top, bottom, left, right.
-struct Problem {
-  Tensor input;         // [N, C, H, W]
-  OptionalTensor bias;  // [K], contiguous
-  bool batched;
-  Conv2dShape shape;
-  at::MemoryFormat format;
-  std::vector<int64_t> output_shape;  // with N
-};
-
-Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
-              IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-#define FASTNN_CHECK(condition, ...) TORCH_CHECK(condition, "fastnn.conv2d: ", __VA_ARGS__, ".")
-  FASTNN_CHECK(input.dim() == 3 || input.dim() == 4, "input must be [C, H, W] or [N, C, H, W]; got ", input.sizes());
-  FASTNN_CHECK(weight.dim() == 4, "weight must be [K, C / groups, R, S]; got ", weight.sizes());
-  check_same("conv2d", "weight", weight, input, "input");
-  FASTNN_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride must be positive; got ", stride);
-  FASTNN_CHECK(dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0, "dilation must be positive; got ", dilation);
-  FASTNN_CHECK(padding.size() == 4, "padding must be top, bottom, left, right; got ", padding);
-  for (const int64_t pad : padding) FASTNN_CHECK(pad >= 0, "padding must not be negative; got ", padding);
-  FASTNN_CHECK(groups > 0, "groups must be positive; got ", groups);
-  Problem p;
-  p.batched = input.dim() == 4;
-  p.input = p.batched ? input : input.unsqueeze(0);
-  Conv2dShape& s = p.shape;
-  s.N = p.input.size(0), s.C = p.input.size(1), s.H = p.input.size(2), s.W = p.input.size(3);
-  s.K = weight.size(0), s.R = weight.size(2), s.S = weight.size(3);
-  s.groups = groups;
-  s.stride_h = stride[0], s.stride_w = stride[1];
-  s.pad_top = padding[0], s.pad_left = padding[2];
-  s.dilation_h = dilation[0], s.dilation_w = dilation[1];
-  FASTNN_CHECK(s.K > 0 && s.K % groups == 0, "weight must have a positive multiple of groups = ", groups,
-               " output channels; got ", weight.sizes());
-  FASTNN_CHECK(s.C == weight.size(1) * groups, "input must have ", weight.size(1) * groups, " channels (weight is ",
-               weight.sizes(), ", groups = ", groups, "); got ", input.sizes());
-  FASTNN_CHECK(s.R > 0 && s.S > 0, "weight must have a kernel size above zero; got ", weight.sizes());
-  FASTNN_CHECK((s.H > 0 && s.W > 0) || s.N == 0 || s.C == 0,
-               "input must not be empty but for its batch or channels; got ", input.sizes());
-  const int64_t rows = s.H + padding[0] + padding[1], columns = s.W + padding[2] + padding[3];
-  const int64_t reach_h = (s.R - 1) * s.dilation_h + 1, reach_w = (s.S - 1) * s.dilation_w + 1;
-  FASTNN_CHECK(rows >= reach_h && columns >= reach_w, "input with its padding (", rows, " x ", columns,
-               ") must be no smaller than the dilated kernel; got a kernel of ", reach_h, " x ", reach_w);
-  s.OH = (rows - reach_h) / s.stride_h + 1, s.OW = (columns - reach_w) / s.stride_w + 1;
-  if (bias && bias->defined()) {
-    check_same("conv2d", "bias", *bias, input, "input");
-    FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == s.K, "bias must be [", s.K, "]; got ", bias->sizes());
-    p.bias = bias->contiguous();
-  }
-#undef FASTNN_CHECK
-  p.format = p.input.suggest_memory_format();
-  if (p.format != at::MemoryFormat::ChannelsLast) p.format = weight.suggest_memory_format();
-  if (p.format != at::MemoryFormat::ChannelsLast) p.format = at::MemoryFormat::Contiguous;
-  s.channels_last = p.format == at::MemoryFormat::ChannelsLast;
-  p.output_shape = {s.N, s.C == 0 ? 0 : s.K, s.OH, s.OW};  // torch gives no channels where it gets none
-  return p;
-}
-
-// The rule, or what a test forces where it fits. frozen: the filter is packed before the call.
-Conv2dAlgorithm choose(const Conv2dShape& s, bool winograd, bool frozen) {
-  if (!forced_algorithm)
-    return conv2d_algorithm(s, winograd && winograd_allowed.load(std::memory_order_relaxed), frozen);
-  const bool fits = is_winograd(*forced_algorithm)                    ? winograd && s.winograd()
-                    : *forced_algorithm == Conv2dAlgorithm::Pointwise ? s.pointwise()
-                                                                      : true;
-  return fits ? *forced_algorithm : Conv2dAlgorithm::Implicit;
-}
-Conv2dAlgorithm choose(const Conv2dShape& s, DType dtype, bool frozen) {
-  return choose(s, dtype != DType::Float64 || forced_algorithm, frozen);
-}
 
 ImageStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
@@ -109,25 +29,36 @@ void check_packed(const Tensor& packed, const Tensor& weight) {
               "fastnn.conv2d: packed must be what conv2d_pack made of this weight; got ", packed.scalar_type(), ".");
 }
 
-// [size] in NCHW; three dimensions for channels_last, five for Winograd, so that layouts, algorithms and, for Winograd,
-// ISAs cannot be taken for one another.
-std::vector<int64_t> packed_shape(const Conv2dParams& p) {
-  const int64_t size = cpu::conv2d_packed_size(p);
-  if (is_winograd(p.algorithm)) {
-    const int64_t points = p.algorithm == Conv2dAlgorithm::Winograd2 ? 16 : 36, in = p.shape.group_in();
-    const int64_t width = cpu::conv2d_panel_width(p);
-    return {points, p.shape.groups, in ? size / (points * p.shape.groups * in * width) : 0, in, width};
-  }
-  if (!p.shape.channels_last) return {size};
-  const int64_t depth = p.shape.group_in() * p.shape.R * p.shape.S;
-  const int64_t lines = p.algorithm == Conv2dAlgorithm::Direct ? 1 : p.shape.groups;
-  return {depth, lines, depth ? size / (depth * lines) : 0};
+void linear_forward(const Conv2dParams& p) {
+  const Conv2dShape& s = p.shape;
+  LinearForward q{};
+  q.dtype = p.dtype, q.activation = p.activation;
+  q.M = s.N, q.N = s.K, q.K = s.C * s.R * s.S;
+  q.algorithm = linear_algorithm(q.dtype, q.M, q.N, q.K, true, false);
+  q.input = p.input, q.input_row = q.K, q.input_col = 1;
+  q.weight = p.weight, q.weight_row = q.K, q.weight_col = 1;
+  q.bias = p.bias, q.output = p.output, q.preactivation = p.pre_activation;
+  q.threads = p.threads;
+  cpu::linear_forward(q);
+}
+
+void linear_backward(const Conv2dBackwardParams& p) {
+  const Conv2dShape& s = p.shape;
+  LinearBackward q{};
+  q.dtype = p.dtype, q.activation = Activation::None;
+  q.M = s.N, q.N = s.K, q.K = s.C * s.R * s.S;
+  q.grad_output = p.grad_output, q.grad_row = q.N, q.grad_col = 1;
+  q.input = p.input, q.input_row = q.K, q.input_col = 1;
+  q.weight = p.weight, q.weight_row = q.K, q.weight_col = 1;
+  q.grad_input = p.grad_input, q.grad_weight = p.grad_weight, q.grad_bias = p.grad_bias;
+  q.threads = p.threads;
+  cpu::linear_backward(q);
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                IntArrayRef padding, IntArrayRef dilation, int64_t groups, Name activation, const OptionalTensor& packed,
                Tensor* pre_activation) {
-  const Problem q = check(input, weight, bias, stride, padding, dilation, groups);
+  const Conv2dProblem q = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
   Tensor output = at::empty(q.output_shape, input.options().memory_format(q.format));
   Conv2dParams p{};
   p.dtype = *dtype_of(input);
@@ -139,11 +70,11 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   p.weight_strides = strides_of(weight);
   if (packed) {
     check_packed(*packed, weight);
-    p.algorithm = choose(q.shape, p.dtype, true);
+    p.algorithm = choose(q, weight, true);
     if (packed->sizes() == IntArrayRef(packed_shape(p))) p.packed = packed->const_data_ptr();
   }
   if (!p.packed) {
-    p.algorithm = choose(q.shape, p.dtype, false);
+    p.algorithm = choose(q, weight, false);
     if (packed && packed->sizes() == IntArrayRef(packed_shape(p))) p.packed = packed->const_data_ptr();
   }
   p.bias = q.bias ? q.bias->const_data_ptr() : nullptr;
@@ -154,9 +85,11 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
     if (!q.batched) *pre_activation = pre_activation->squeeze(0);
   }
   p.threads = num_threads();
-  if (output.numel() > 0) cpu::conv2d_forward(p);
+  if (output.numel() > 0) p.algorithm == Conv2dAlgorithm::Linear ? linear_forward(p) : cpu::conv2d_forward(p);
   return q.batched ? output : output.squeeze(0);
 }
+
+}  // namespace
 
 Tensor conv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, int64_t groups, Name activation,
@@ -178,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
                                                        const OptionalTensor& saved, IntArrayRef stride,
                                                        IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                                                        Name activation, std::array<bool, 3> output_mask) {
-  const Problem q = check(input, weight, bias, stride, padding, dilation, groups);
+  const Conv2dProblem q = check_conv2d(input, weight, bias, stride, padding, dilation, groups);
   const Activation f = activation_of("conv2d_backward", activation);
   Tensor grad = q.batched ? grad_output : grad_output.unsqueeze(0);
   TORCH_CHECK(grad.sizes() == IntArrayRef(q.output_shape), "fastnn.conv2d_backward: grad_output must be ",
@@ -200,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
   p.algorithm = p.input_algorithm = choose(q.shape, false, false);
   const Conv2dAlgorithm transposed = choose(q.shape.transposed(), p.dtype, false);
   if (q.shape.winograd() && is_winograd(transposed)) p.input_algorithm = transposed;
+  const bool linear = choose(q, weight, false) == Conv2dAlgorithm::Linear;
   p.grad_output = grad.const_data_ptr();
   const Tensor laid = lay_out(q.input, q.shape, q.format, p.input_strides);
   p.input = laid.const_data_ptr();
@@ -225,36 +159,12 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
     for (Tensor* t : {&grad_input, &grad_weight, &grad_bias})
       if (t->defined() && t->numel() > 0) std::memset(t->mutable_data_ptr(), 0, t->nbytes());
   } else {
-    cpu::conv2d_backward(p);
+    linear ? linear_backward(p) : cpu::conv2d_backward(p);
   }
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 
-Conv2dAlgorithm algorithm_of(std::string_view name) {
-  std::string known;
-  for (int i = 0; i < static_cast<int>(std::size(kConv2dAlgorithmNames)); ++i) {
-    if (name == kConv2dAlgorithmNames[i]) return static_cast<Conv2dAlgorithm>(i);
-    known += std::string(i ? ", " : "") + kConv2dAlgorithmNames[i];
-  }
-  TORCH_CHECK_VALUE(false, "fastnn.conv2d: algorithm must be one of ", known, "; got '", std::string(name), "'.");
-}
-
-// The params that packing reads.
-Conv2dParams pack_params(IntArrayRef weight_sizes, DType dtype, int64_t groups, bool channels_last, Name algorithm) {
-  Conv2dParams p{};
-  p.dtype = dtype;
-  p.shape.K = weight_sizes[0], p.shape.C = weight_sizes[1] * groups;
-  p.shape.R = weight_sizes[2], p.shape.S = weight_sizes[3];
-  p.shape.groups = groups;
-  p.shape.stride_h = p.shape.stride_w = p.shape.dilation_h = p.shape.dilation_w = 1;
-  p.shape.channels_last = channels_last;
-  p.algorithm = algorithm ? algorithm_of(*algorithm) : choose(p.shape, forced_algorithm.has_value(), true);
-  TORCH_CHECK_VALUE(!is_winograd(p.algorithm) || p.shape.winograd(),
-                    "fastnn.conv2d_pack: algorithm must fit the weight ", weight_sizes, "; got '",
-                    kConv2dAlgorithmNames[static_cast<int>(p.algorithm)], "'.");
-  p.threads = num_threads();
-  return p;
-}
+namespace {
 
 Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups, bool channels_last, Name algorithm) {
   TORCH_CHECK(weight.dim() == 4 && dtype_of(weight) && groups > 0 && weight.size(0) % groups == 0,
@@ -269,98 +179,71 @@ Tensor conv2d_pack_cpu(const Tensor& weight, int64_t groups, bool channels_last,
   return packed;
 }
 
-// ---- autograd ------------------------------------------------------------------------------------------------------
-
-template <class F>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
-}
-const auto& conv2d_op() {
-  static const auto op = find_op<decltype(conv2d_cpu)>("fastnn::conv2d");
-  return op;
-}
-const auto& conv2d_train_op() {
-  static const auto op = find_op<decltype(conv2d_train_cpu)>("fastnn::conv2d_train");
-  return op;
-}
-const auto& conv2d_backward_op() {
-  static const auto op = find_op<decltype(conv2d_backward_cpu)>("fastnn::conv2d_backward");
-  return op;
-}
-
-struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                        int64_t groups, Name activation) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Activation a = activation_of("conv2d", activation);
-    Tensor output, saved;
-    if (activation_from_output(a)) {
-      output = conv2d_op().call(input, weight, bias, stride, padding, dilation, groups, activation, std::nullopt);
-      if (a != Activation::None) saved = output;
-    } else {
-      std::tie(output, saved) =
-          conv2d_train_op().call(input, weight, bias, stride, padding, dilation, groups, activation);
-    }
-    ctx->save_for_backward({input, weight, bias.value_or(Tensor()), saved});
-    ctx->saved_data["stride"] = stride.vec();
-    ctx->saved_data["padding"] = padding.vec();
-    ctx->saved_data["dilation"] = dilation.vec();
-    ctx->saved_data["groups"] = groups;
-    if (activation) ctx->saved_data["activation"] = std::string(*activation);
-    return output;
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const OptionalTensor bias = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const OptionalTensor kept = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
-    const auto stride = ctx->saved_data["stride"].toIntVector(), padding = ctx->saved_data["padding"].toIntVector(),
-               dilation = ctx->saved_data["dilation"].toIntVector();
-    const int64_t groups = ctx->saved_data["groups"].toInt();
-    const auto name = ctx->saved_data.find("activation");
-    const std::string text = name == ctx->saved_data.end() ? "" : name->second.toStringRef();
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                      bias.has_value() && ctx->needs_input_grad(2)};
-    const auto call = [&]() -> torch::autograd::variable_list {
-      auto [grad_input, grad_weight, grad_bias] =
-          conv2d_backward_op().call(grads[0], saved[0], saved[1], bias, kept, stride, padding, dilation, groups,
-                                    text.empty() ? Name() : Name(text), mask);
-      return {grad_input, grad_weight, grad_bias, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-    };
-    if (at::GradMode::is_enabled()) return call();  // create_graph: through Autograd, whose formula is in reference.py
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return call();
-  }
+// Stride, padding and dilation as Python gave them, where they are of the plain kinds: an int, or a tuple or list of ints,
+// two or, for the padding, the four sides.
+struct Geometry {
+  std::array<int64_t, 2> stride, dilation;
+  std::array<int64_t, 4> padding;
 };
 
-Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
-                       IntArrayRef padding, IntArrayRef dilation, int64_t groups, Name activation,
-                       const OptionalTensor& packed) {
-  if (at::GradMode::is_enabled() &&
-      (input.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad())))
-    return Conv2dFunction::apply(input, weight, bias, stride, padding, dilation, groups, activation);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return conv2d_op().call(input, weight, bias, stride, padding, dilation, groups, activation, packed);
+template <size_t SIDES>
+bool read_sides(py::handle h, std::array<int64_t, SIDES>& to) {
+  PyObject* given = h.ptr();
+  PyObject** items = &given;
+  Py_ssize_t count = 1;
+  if (PyTuple_CheckExact(given) || PyList_CheckExact(given)) {
+    items = PySequence_Fast_ITEMS(given), count = PySequence_Fast_GET_SIZE(given);
+    if (count != 2 && count != static_cast<Py_ssize_t>(SIDES)) return false;
+  }
+  for (size_t i = 0; i < SIDES; ++i) {
+    PyObject* const item = items[i * count / SIDES];
+    int overflow = 0;
+    if (!PyLong_CheckExact(item)) return false;
+    to[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow) return false;
+  }
+  return true;
 }
 
-// Python's way in: None where no kernel takes these arguments.
-py::object conv2d_entry(py::handle input, py::handle weight, py::handle bias, const std::vector<int64_t>& stride,
-                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                        py::handle activation, py::handle packed) {
+std::optional<Geometry> read_geometry(py::handle stride, py::handle padding, py::handle dilation) {
+  Geometry g;
+  if (!read_sides(stride, g.stride) || !read_sides(padding, g.padding) || !read_sides(dilation, g.dilation))
+    return std::nullopt;
+  return g;
+}
+
+// Python's way in: None where no kernel takes these arguments, or not in this form.
+py::object conv2d_entry(py::handle input, py::handle weight, py::handle bias, py::handle stride, py::handle padding,
+                        py::handle dilation, int64_t groups, py::handle activation, py::handle packed) {
   if (!plain(input) || !plain(weight) || !plain(bias)) return py::none();
   const Tensor &x = tensor_argument("conv2d", "input", input), &w = tensor_argument("conv2d", "weight", weight);
   const OptionalTensor b = optional_tensor_argument("conv2d", "bias", bias);
   const OptionalTensor panels = optional_tensor_argument("conv2d", "packed", packed);
   const Name name = optional_string_argument("conv2d", "activation", activation);
   if (!served(x) || !served(w) || !served(b)) return py::none();
+  const auto g = read_geometry(stride, padding, dilation);
+  if (!g) return py::none();
   Tensor output;
   {
     py::gil_scoped_release no_gil;
-    output = conv2d_op().call(x, w, b, stride, padding, dilation, groups, name, panels);
+    output = call_conv2d(x, w, b, g->stride, g->padding, g->dilation, groups, name, panels);
   }
   return wrap(std::move(output));
+}
+
+// What conv2d_pack takes beside the weight, for the call that these arguments make: groups, channels_last, algorithm.
+// None where the call would not read packed weights.
+py::object conv2d_packing(py::handle input, py::handle weight, py::handle stride, py::handle padding,
+                          py::handle dilation, int64_t groups) {
+  if (!plain(input) || !plain(weight)) return py::none();
+  const Tensor &x = tensor_argument("conv2d", "input", input), &w = tensor_argument("conv2d", "weight", weight);
+  const auto g = read_geometry(stride, padding, dilation);
+  if (!served(x) || !served(w) || !g) return py::none();
+  const Conv2dProblem q = check_conv2d(x, w, std::nullopt, g->stride, g->padding, g->dilation, groups);
+  const Conv2dAlgorithm a = choose(q, w, true);
+  if (a == Conv2dAlgorithm::Linear) return py::none();
+  const char* const name = is_winograd(a) ? kConv2dAlgorithmNames[static_cast<int>(a)] : nullptr;
+  return py::make_tuple(groups, q.shape.channels_last, name);
 }
 
 }  // namespace
@@ -383,7 +266,6 @@ TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv2d_backward", conv2d_backward_cpu);
   m.impl("conv2d_pack", conv2d_pack_cpu);
 }
-TORCH_LIBRARY_IMPL(fastnn, Autograd, m) { m.impl("conv2d", conv2d_autograd); }
 
 void bind_conv2d(py::module_& m) {
   m.def("conv2d", conv2d_entry, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("stride"),
@@ -398,25 +280,17 @@ void bind_conv2d(py::module_& m) {
       "_conv2d_algorithm",
       [](const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool frozen) {
-        const Problem q = check(input, weight, std::nullopt, stride, padding, dilation, groups);
-        return kConv2dAlgorithmNames[static_cast<int>(choose(q.shape, *dtype_of(input), frozen))];
+        const Conv2dProblem q = check_conv2d(input, weight, std::nullopt, stride, padding, dilation, groups);
+        return kConv2dAlgorithmNames[static_cast<int>(choose(q, weight, frozen))];
       },
       py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
       py::arg("groups"), py::arg("frozen") = false, "The algorithm that a call would run.");
   m.def(
       "_force_conv2d_algorithm",
-      [](Name name) { forced_algorithm = name ? std::optional(algorithm_of(*name)) : std::nullopt; },
+      [](Name name) { forced_conv2d = name ? std::optional(conv2d_algorithm_named(*name)) : std::nullopt; },
       py::arg("name").none(true), "Force an algorithm where it fits, None for the rule (tests).");
-  m.def(
-      "_conv2d_winograd",
-      [](const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
-         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) -> const char* {
-        if (!served(input) || !served(weight)) return nullptr;
-        const Problem q = check(input, weight, std::nullopt, stride, padding, dilation, groups);
-        const Conv2dAlgorithm a = choose(q.shape, *dtype_of(input), true);
-        return is_winograd(a) ? kConv2dAlgorithmNames[static_cast<int>(a)] : nullptr;
-      },
-      "The name of Winograd's algorithm where a call with packed weights would run it, else None.");
+  m.def("_conv2d_packing", conv2d_packing, py::arg("input"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"));
   m.def("winograd", [] { return winograd_allowed.load(); }, "See fastnn.backends.");
   m.def("set_winograd", [](bool allowed) { winograd_allowed = allowed; }, py::arg("allowed"));
 }

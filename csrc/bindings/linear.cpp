@@ -48,6 +48,20 @@ Problem check(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   return p;
 }
 
+std::optional<LinearAlgorithm> forced_algorithm;  // by tests
+
+// The rule, or what a test forces where it fits. frozen: the weight may be packed before the call.
+LinearAlgorithm choose(const Problem& q, bool frozen) {
+  const DType dtype = *dtype_of(q.input);
+  const auto along_k = [&](const Tensor& t) { return t.stride(1) == 1 || q.K == 1; };
+  const bool dot = along_k(q.input) && along_k(q.weight);
+  if (!forced_algorithm) return linear_algorithm(dtype, q.M, q.N, q.K, dot, frozen);
+  const bool fits = *forced_algorithm == LinearAlgorithm::Dot      ? dot
+                    : *forced_algorithm == LinearAlgorithm::Packed ? frozen
+                                                                   : true;
+  return fits ? *forced_algorithm : LinearAlgorithm::Gemm;
+}
+
 void check_packed(const Tensor& packed, const Tensor& weight, int64_t N, int64_t K) {
   const int64_t size = cpu::linear_packed_size(*dtype_of(weight), N, K);
   TORCH_CHECK(packed.numel() == size,
@@ -72,6 +86,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
     check_packed(*packed, weight, p.N, p.K);
     p.packed = packed->const_data_ptr();
   }
+  p.algorithm = choose(q, packed.has_value());
   p.bias = q.bias ? q.bias->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   if (preactivation) *preactivation = at::empty(q.output_shape, input.options());
@@ -259,6 +274,27 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) { m.impl("linear", linear_autograd); }
 void bind_linear(py::module_& m) {
   m.def("linear", linear_entry, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none(),
         py::arg("activation") = py::none(), py::arg("packed") = py::none());
+  m.def(
+      "_linear_algorithm",
+      [](const Tensor& input, const Tensor& weight, bool frozen) {
+        return kLinearAlgorithmNames[static_cast<int>(choose(check(input, weight, std::nullopt), frozen))];
+      },
+      py::arg("input"), py::arg("weight"), py::arg("frozen") = false, "The algorithm that a call would run.");
+  m.def(
+      "_linear_packs",
+      [](py::handle input, py::handle weight) {
+        if (!plain(input) || !plain(weight)) return false;
+        const Tensor &x = tensor_argument("linear", "input", input), &w = tensor_argument("linear", "weight", weight);
+        return served(x) && served(w) && choose(check(x, w, std::nullopt), true) == LinearAlgorithm::Packed;
+      },
+      py::arg("input"), py::arg("weight"), "Whether a call with frozen weights would read packed ones.");
+  m.def(
+      "_force_linear_algorithm",
+      [](Name name) {
+        forced_algorithm =
+            name ? std::optional(algorithm_of<LinearAlgorithm>("linear", kLinearAlgorithmNames, *name)) : std::nullopt;
+      },
+      py::arg("name").none(true), "Force an algorithm where it fits, None for the rule (tests).");
   m.def("_linear_packed_size", [](int64_t N, int64_t K, bool is_double) {
     return cpu::linear_packed_size(is_double ? DType::Float64 : DType::Float32, N, K);
   });

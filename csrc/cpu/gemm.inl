@@ -53,13 +53,19 @@ FASTNN_INLINE void transpose_in_place(Vec<C>* r) {
   }
 }
 
-// Transposes a ROWS x lanes block of rows[i][0..lanes) into dst[k * width + i]; whole vectors are stored.
+// Transposes a block of rows[i][0..lanes), i < rows, into dst[k * width + i], i < ROWS; missing rows are zero. Whole
+// vectors are stored.
 template <class C, int ROWS = kLanes<C>, class T>
-FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, C* dst, int64_t width) {
+FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, int64_t rows, C* dst, int64_t width) {
   constexpr int L = kLanes<C>;
   Vec<C> r[L];
+  if (rows >= ROWS) {
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) r[i] = i < ROWS ? load(src + i * row_stride) : zero<C>();
+    for (int i = 0; i < L; ++i) r[i] = i < ROWS ? load(src + i * row_stride) : zero<C>();
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = i < ROWS && i < rows ? load(src + i * row_stride) : zero<C>();
+  }
   transpose_in_place<C>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) store(dst + i * width, r[i]);
@@ -83,43 +89,28 @@ inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64
     }
     return;
   }
-  int64_t row = 0;
-  if (WIDTH < L && rows == WIDTH && k_stride == 1) {
-    // Vectors overlap the next line of the panel; the last line, which has no next, is left to scalars.
-    static_assert(WIDTH >= L || 2 * WIDTH >= L);
-    int64_t k = 0;
-    for (; k + L < depth; k += L) pack_transposed<C, WIDTH>(src + k, row_stride, dst + k * WIDTH, WIDTH);
-    for (; k < depth; ++k)
-      for (int i = 0; i < WIDTH; ++i) dst[k * WIDTH + i] = load_one(src + i * row_stride + k);
+  if (k_stride != 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t i = 0; i < WIDTH; ++i)
+        dst[k * WIDTH + i] = i < rows ? load_one(src + i * row_stride + k * k_stride) : C(0);
     return;
   }
-  if (k_stride == 1) {
-    for (; row + L <= rows; row += L) {
-      const T* block = src + row * row_stride;
-      int64_t k = 0;
-      for (; k + L <= depth; k += L) pack_transposed<C>(block + k, row_stride, dst + k * WIDTH + row, WIDTH);
-      for (; k < depth; ++k)
-        for (int i = 0; i < L; ++i) dst[k * WIDTH + row + i] = load_one(block + i * row_stride + k);
-    }
-    // The rest, fewer than a vector of rows: read along K, scattered to the panel.
-    for (; row < rows; ++row) {
-      const T* line = src + row * row_stride;
-      int64_t k = 0;
-      for (; k + L <= depth; k += L) {
-        alignas(64) C lanes[L];
-        store(lanes, load(line + k));
-        for (int i = 0; i < L; ++i) dst[(k + i) * WIDTH + row] = lanes[i];
-      }
-      for (; k < depth; ++k) dst[k * WIDTH + row] = load_one(line + k);
-    }
-  } else {
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = 0; i < rows; ++i) dst[k * WIDTH + i] = load_one(src + i * row_stride + k * k_stride);
-    row = rows;
+  // Blocks of L rows, the last first: where they do not fill a line of the panel, its vectors overlap the next line, which
+  // the first block then writes. The last lines, which have no next, are left to scalars.
+  constexpr int BLOCKS = (WIDTH + L - 1) / L;
+  constexpr bool overlap = WIDTH % L != 0;
+  int64_t k = 0;
+  for (; k + L + overlap <= depth; k += L) {
+    const auto block = [&]<int ROW>() __attribute__((always_inline)) {
+      pack_transposed<C, std::min(WIDTH - ROW, L)>(src + ROW * row_stride + k, row_stride, rows - ROW,
+                                                   dst + k * WIDTH + ROW, WIDTH);
+    };
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+      (block.template operator()<(BLOCKS - 1 - I) * L>(), ...);
+    }(std::make_integer_sequence<int, BLOCKS>{});
   }
-  if (rows < WIDTH)
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = rows; i < WIDTH; ++i) dst[k * WIDTH + i] = C(0);
+  for (; k < depth; ++k)
+    for (int i = 0; i < WIDTH; ++i) dst[k * WIDTH + i] = i < rows ? load_one(src + i * row_stride + k) : C(0);
 }
 
 // Rows split into tiles of at most MR, as evenly as can be: 8 is 4 + 4, since a tile of two rows waits for its own FMAs.

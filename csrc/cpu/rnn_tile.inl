@@ -170,7 +170,7 @@ __attribute__((noinline)) void rnn_pack_panel(DType dtype, const void* from, int
         const auto* rows = w + row[v] * ld;
         int64_t k = k0;
         if (lanes[v] == L)
-          for (; k + L <= end; k += L) pack_transposed<C>(rows + k, ld, dst + (k * count + v) * L, count * L);
+          for (; k + L <= end; k += L) pack_transposed<C>(rows + k, ld, L, dst + (k * count + v) * L, count * L);
         for (; k < end; ++k)
           for (int64_t i = 0; i < L; ++i)
             dst[(k * count + v) * L + i] = i < lanes[v] ? load_one(rows + i * ld + k) : C(0);

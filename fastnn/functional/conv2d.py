@@ -35,8 +35,8 @@ def conv2d(
         weight: ``[K, C / groups, R, S]``, of the same dtype.
         bias: ``[K]`` or None.
         stride: an int or a pair.
-        padding: an int, a pair, ``"valid"`` (none) or ``"same"`` (output as large as the input; where the padding
-            is odd, the greater half goes to the bottom and right).
+        padding: an int, a pair, the four sides (top, bottom, left, right), ``"valid"`` (none) or ``"same"`` (output as
+            large as the input; where the padding is odd, the greater half goes to the bottom and right).
         dilation: an int or a pair.
         groups: how many groups the channels fall into.
         activation: f, one of ``relu gelu gelu_tanh silu sigmoid tanh leaky_relu elu hardswish relu6 softplus mish``
@@ -55,7 +55,21 @@ def conv2d(
 
     Source: ``torch.nn.functional.conv2d``; kernels in ``csrc/cpu/conv2d*.inl``.
     """
-    return padded_conv2d(input, weight, bias, *geometry(weight, stride, padding, dilation), groups, activation, packed)
+    if not torch.compiler.is_compiling():
+        output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, packed)
+        if output is not None:
+            return output
+    where = geometry(weight, stride, padding, dilation)
+    if torch.compiler.is_compiling():
+        if _fallback.why_not(input, weight, bias) is None:
+            return torch.ops.fastnn.conv2d(input, weight, bias, *where, groups, activation, packed)
+    elif where != (stride, padding, dilation):  # now in the form that the kernels take
+        return conv2d(input, weight, bias, *where, groups, activation=activation, packed=packed)
+    return _fallback.fallback(
+        "conv2d",
+        (input, weight, bias),
+        lambda: reference.activate(_stock(input, weight, bias, *where, groups), activation),
+    )
 
 
 def geometry(weight: Tensor, stride, padding, dilation) -> tuple[list[int], list[int], list[int]]:
@@ -63,35 +77,10 @@ def geometry(weight: Tensor, stride, padding, dilation) -> tuple[list[int], list
     steps, spread = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
         return steps, _named_padding(padding, weight, steps, spread), spread
+    if isinstance(padding, (tuple, list)) and len(padding) == 4:
+        return steps, _pair("padding", padding[:2]) + _pair("padding", padding[2:]), spread
     rows, columns = _pair("padding", padding)
     return steps, [rows, rows, columns, columns], spread
-
-
-def padded_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str | None,
-    packed: Tensor | None,
-) -> Tensor:
-    """Do :func:`conv2d` with the padding of each side on its own: top, bottom, left, right."""
-    if torch.compiler.is_compiling():
-        output = None
-        if _fallback.why_not(input, weight, bias) is None:
-            output = torch.ops.fastnn.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, packed)
-    else:
-        output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, packed)
-    if output is None:
-        output = _fallback.fallback(
-            "conv2d",
-            (input, weight, bias),
-            lambda: reference.activate(_stock(input, weight, bias, stride, padding, dilation, groups), activation),
-        )
-    return output
 
 
 def _stock(input, weight, bias, stride, padding, dilation, groups) -> Tensor:

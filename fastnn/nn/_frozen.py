@@ -30,12 +30,12 @@ class Frozen:
         self.__dict__.pop("_pack", None)
 
     def _packed(
-        self, weights: Tensor | list[Tensor], pack: Callable, arguments: Callable[[], tuple] = tuple
+        self, weights: Tensor | list[Tensor], pack: Callable, arguments: Callable[[], tuple | None] = tuple
     ) -> Tensor | list[Tensor] | None:
         """``pack(weights, *arguments())``, kept; None where a gradient, a trace or a device without kernels forbids it.
 
         ``weights`` is what ``pack`` takes, one tensor or a list; an edit of any of them makes everything anew. Each
-        answer of ``arguments``, which is asked only where packing is allowed, has a copy of its own.
+        answer of ``arguments``, which is asked only where packing is allowed, has a copy of its own; None: nothing to pack.
         """
         if torch.compiler.is_compiling():
             return None
@@ -45,6 +45,8 @@ class Frozen:
         if stamp is None:
             return None
         how, kept = arguments(), self._pack
+        if how is None:
+            return None
         if kept is None or kept[0] != stamp or how not in kept[1]:
             with torch.inference_mode(False), torch.no_grad():
                 if kept is None or kept[0] != stamp:

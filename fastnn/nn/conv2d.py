@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._library import _C
-from fastnn.functional.conv2d import geometry, padded_conv2d
+from fastnn.functional.conv2d import conv2d, geometry
 from fastnn.nn._frozen import Fold, Frozen
 
 
@@ -57,28 +57,19 @@ class Conv2d(Frozen, torch.nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return self._padded(input, weight, bias, *geometry(weight, self.stride, padding, self.dilation))
+        return self._convolve(input, weight, bias, padding)
 
-    def _padded(self, input: Tensor, weight: Tensor, bias: Tensor | None, *where: list[int]) -> Tensor:
-        """Convolve; ``where`` is stride, padding of the four sides, dilation."""
-        packed = None
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding) -> Tensor:
+        where, packed = (self.stride, padding, self.dilation), None
         if self._frozen and (self._fold is not None or weight is self.weight):
-            packed = self._packed(weight, torch.ops.fastnn.conv2d_pack, lambda: self._packing(input, weight, *where))
-        return padded_conv2d(input, weight, bias, *where, self.groups, self.activation, packed)
+            packed = self._packed(weight, torch.ops.fastnn.conv2d_pack, lambda: self._packing(input, weight, where))
+        return conv2d(input, weight, bias, *where, self.groups, activation=self.activation, packed=packed)
 
-    def _packing(self, input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple:
-        """How the weight is to be packed for this call: groups, channels_last, algorithm."""
-        algorithm = None
-        if weight.shape[2:] == (3, 3) and stride == dilation == [1, 1]:
-            algorithm = _C._conv2d_winograd(input, weight, stride, padding, dilation, self.groups)
-        return self.groups, _channels_last(input, weight), algorithm
+    def _packing(self, input: Tensor, weight: Tensor, where: tuple) -> tuple | None:
+        """How the weight is to be packed for this call: groups, channels_last, algorithm. None: not at all."""
+        if isinstance(where[1], str):
+            where = geometry(weight, *where)
+        return _C._conv2d_packing(input, weight, *where, self.groups)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
-
-
-def _channels_last(*tensors: Tensor) -> bool:
-    """Whether the result will be channels_last (ties, as with one channel, go the other way)."""
-    return any(
-        t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in tensors
-    )

@@ -13,9 +13,11 @@
 namespace fastnn {
 
 // Pointwise: 1x1 without stride or padding, the image is one row of pixels. Implicit: GEMM whose patches are gathered
-// while packing. Direct: few channels a group (depthwise and its kin), no GEMM.
-enum class Conv2dAlgorithm : int32_t { Pointwise, Implicit, Direct, Winograd2, Winograd4 };
-inline constexpr const char* kConv2dAlgorithmNames[] = {"pointwise", "implicit", "direct", "winograd2", "winograd4"};
+// while packing. Direct: few channels a group (depthwise and its kin), no GEMM. Linear: the window is the whole image, which
+// makes it linear's problem.
+enum class Conv2dAlgorithm : int32_t { Pointwise, Implicit, Direct, Winograd2, Winograd4, Linear };
+inline constexpr const char* kConv2dAlgorithmNames[] = {"pointwise", "implicit",  "direct",
+                                                        "winograd2", "winograd4", "linear"};
 inline bool is_winograd(Conv2dAlgorithm a) {
   return a == Conv2dAlgorithm::Winograd2 || a == Conv2dAlgorithm::Winograd4;
 }
@@ -34,6 +36,10 @@ struct Conv2dShape {
   int64_t group_out() const { return K / groups; }
   bool pointwise() const {
     return R == 1 && S == 1 && stride_h == 1 && stride_w == 1 && pad_top == 0 && pad_left == 0 && OH == H && OW == W;
+  }
+  bool whole() const {
+    return R == H && S == W && pad_top == 0 && pad_left == 0 && OH == 1 && OW == 1 && groups == 1 && C > 0 &&
+           (dilation_h == 1 || R == 1) && (dilation_w == 1 || S == 1);
   }
   bool winograd() const {
     return R == 3 && S == 3 && stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1;

@@ -1,12 +1,48 @@
 // linear: output = activation(input @ weight.T + bias). The contract between the binding and the kernels.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "fastnn/types.h"
 
 namespace fastnn {
 
+// Gemm: the weight is packed into panels in the call. Packed: it was before. Dot: dot products along K on the operands as
+// they lie, nothing is packed.
+enum class LinearAlgorithm : int32_t { Gemm, Dot, Packed };
+inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed"};
+
+// Cycles of one core, fitted to AVX2 (other widths scale all three alike). A panel of B serves rows in tiles of six, and a
+// tile of fewer than four waits for its own multiply-adds. Each dot product is summed over its lanes at the end, and a
+// last partial vector costs a masked load in each. Weights of more than a few MiB come from memory: the panels as one
+// stream, rows as several.
+inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int64_t N, int64_t K) {
+  const double lanes = dtype == DType::Float64 ? 4 : 8, panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
+  const double stored = dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2, packed = stored == 8 ? 8 : 4;
+  const double elements = static_cast<double>(N) * K, m = static_cast<double>(M);
+  const auto streamed = [&](double bytes, double cycles) { return elements * bytes > 4194304 ? cycles * bytes : 0; };
+  if (algorithm == LinearAlgorithm::Dot) {
+    const double blocks = (M + 15) / 16, tail = K % static_cast<int64_t>(lanes) ? 14 : 0;
+    return m * N * (1.05 * K / (2 * lanes) + 5 + tail) + blocks * elements * streamed(stored, 0.16);
+  }
+  const double tiles = (M + 5) / 6, panel = std::max(m, 4 * tiles) * K + 40 * tiles;
+  const double multiplied = panels * panel + 0.3 * m * K;
+  if (algorithm == LinearAlgorithm::Packed) return multiplied + elements * streamed(packed, 0.19);
+  return multiplied + elements * (0.3 + streamed(stored, 0.35));
+}
+
+// The rule that chooses, in one place; the number of threads has no say in it. along_k: the elements of a row of input and
+// of weight lie next to each other; frozen: the weight may be packed before.
+inline LinearAlgorithm linear_algorithm(DType dtype, int64_t M, int64_t N, int64_t K, bool along_k, bool frozen) {
+  const LinearAlgorithm panels = frozen ? LinearAlgorithm::Packed : LinearAlgorithm::Gemm;
+  const bool dot = along_k && linear_cost(LinearAlgorithm::Dot, dtype, M, N, K) < linear_cost(panels, dtype, M, N, K);
+  return dot ? LinearAlgorithm::Dot : panels;
+}
+
 struct LinearForward {
   DType dtype;
+  LinearAlgorithm algorithm;
   Activation activation;
   int64_t M, N, K;    // rows (product of the leading dimensions), out_features, in_features
   const void* input;  // [M, K], element (m, k) at m * input_row + k * input_col
