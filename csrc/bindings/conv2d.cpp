@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
   p.dtype = *dtype_of(input);
   p.shape = q.shape;
   p.algorithm = p.input_algorithm = choose(q.shape, false, false);
-  const Conv2dAlgorithm transposed = choose(q.shape.transposed(), p.dtype, false);
+  const Conv2dAlgorithm transposed = choose(q.shape.transposed(), winograd_suits(p.dtype), false);
   if (q.shape.winograd() && is_winograd(transposed)) p.input_algorithm = transposed;
   const bool linear = choose(q, weight, false) == Conv2dAlgorithm::Linear;
   p.grad_output = grad.const_data_ptr();

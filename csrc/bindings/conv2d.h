@@ -31,6 +31,8 @@ struct Conv2dProblem {
 Conv2dProblem check_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                            IntArrayRef padding, IntArrayRef dilation, int64_t groups);
 
+// Double precision is for those who want its digits: Winograd only where a test asks for it.
+inline bool winograd_suits(DType dtype) { return dtype != DType::Float64 || forced_conv2d; }
 // The rule, or what a test forces where it fits. frozen: the filter is packed before the call.
 Conv2dAlgorithm choose(const Conv2dShape& s, bool winograd, bool frozen);
 Conv2dAlgorithm choose(const Conv2dProblem& q, const Tensor& weight, bool frozen);

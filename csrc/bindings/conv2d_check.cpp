@@ -68,7 +68,7 @@ static bool linear_fits(const Conv2dProblem& q, const Tensor& weight) {
 Conv2dAlgorithm choose(const Conv2dProblem& q, const Tensor& weight, bool frozen) {
   const bool free = !forced_conv2d || *forced_conv2d == Conv2dAlgorithm::Linear;
   if (free && linear_fits(q, weight)) return Conv2dAlgorithm::Linear;
-  return choose(q.shape, *dtype_of(weight) != DType::Float64 || forced_conv2d, frozen);
+  return choose(q.shape, winograd_suits(*dtype_of(weight)), frozen);
 }
 
 Conv2dAlgorithm conv2d_algorithm_named(std::string_view name) {

@@ -18,15 +18,16 @@ inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed"}
 // last partial vector costs a masked load in each. Weights of more than a few MiB come from memory: the panels as one
 // stream, rows as several.
 inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int64_t N, int64_t K) {
-  const double lanes = dtype == DType::Float64 ? 4 : 8, panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
+  const int64_t lanes = dtype == DType::Float64 ? 4 : 8;
+  const double panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
   const double stored = dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2, packed = stored == 8 ? 8 : 4;
   const double elements = static_cast<double>(N) * K, m = static_cast<double>(M);
   const auto streamed = [&](double bytes, double cycles) { return elements * bytes > 4194304 ? cycles * bytes : 0; };
   if (algorithm == LinearAlgorithm::Dot) {
-    const double blocks = (M + 15) / 16, tail = K % static_cast<int64_t>(lanes) ? 14 : 0;
-    return m * N * (1.05 * K / (2 * lanes) + 5 + tail) + blocks * elements * streamed(stored, 0.16);
+    const double blocks = static_cast<double>((M + 15) / 16), tail = K % lanes ? 14 : 0;
+    return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * streamed(stored, 0.16);
   }
-  const double tiles = (M + 5) / 6, panel = std::max(m, 4 * tiles) * K + 40 * tiles;
+  const double tiles = static_cast<double>((M + 5) / 6), panel = std::max(m, 4 * tiles) * K + 40 * tiles;
   const double multiplied = panels * panel + 0.3 * m * K;
   if (algorithm == LinearAlgorithm::Packed) return multiplied + elements * streamed(packed, 0.19);
   return multiplied + elements * (0.3 + streamed(stored, 0.35));
