@@ -154,8 +154,7 @@ void linear_dot(const LinearForward& p, const RowMajorStore<T, C>& store_to) {
       constexpr int64_t L = kLanes<C>;
       for (int64_t i = 0; i < rows; ++i)  // lanes past the last column go through the activation: make them numbers
         for (int64_t j = cols; j < (cols + L - 1) / L * L; ++j) sums[i * kDotCols + j] = C(0);
-      for (int64_t i = 0; i < rows; ++i)
-        store_to.finish_rows(m + i, 1, n, cols, sums + i * kDotCols, (cols + L - 1) / L * L);
+      store_to.finish_rows(m, rows, n, cols, sums, kDotCols);
     }
   });
 }

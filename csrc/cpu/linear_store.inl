@@ -39,26 +39,26 @@ struct RowMajorStore {
     return true;
   }
 
-  __attribute__((noinline)) void finish(const TilePlace<C>& place, C* tile) const {
+  __attribute__((noinline)) void finish(const TilePlace<C>& place, const C* tile) const {
     finish_rows(place.m, place.rows, place.n, place.cols, tile, kNR<C>);
   }
 
-  // tile[i * width + j], j < cols <= width, width a whole number of vectors.
-  void finish_rows(int64_t m, int64_t rows, int64_t n, int64_t cols, C* tile, int64_t width) const {
-    constexpr int L = kLanes<C>;
-    for (int64_t j = 0; j < cols; j += L) {
-      if (bias) {
-        const Vec<C> b = load_first(bias + n + j, cols - j);
-        for (int64_t i = 0; i < rows; ++i) store(tile + i * width + j, load(tile + i * width + j) + b);
+  // tile[i * width + j], j < cols <= width, width a whole number of vectors: one pass, down the rows a vector at a time.
+  void finish_rows(int64_t m, int64_t rows, int64_t n, int64_t cols, const C* tile, int64_t width) const {
+    constexpr int64_t L = kLanes<C>;
+    with_activation(activation, [=, this](auto a) {
+      for (int64_t j = 0; j < cols; j += L) {
+        const int64_t lanes = std::min(cols - j, L);
+        const Vec<C> b = bias ? load_first(bias + n + j, lanes) : zero<C>();
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t at = (m + i) * ld + n + j;
+          const Vec<C> z = load(tile + i * width + j) + b;
+          if (preactivation) store_first(preactivation + at, z, lanes);
+          const Vec<C> y = activate<decltype(a)::value, C>(z);
+          lanes == L ? store(output + at, y) : store_first(output + at, y, lanes);
+        }
       }
-      if (preactivation)
-        for (int64_t i = 0; i < rows; ++i)
-          store_first(preactivation + (m + i) * ld + n + j, load(tile + i * width + j), cols - j);
-    }
-    if (activation != Activation::None) activate_in_place(activation, tile, rows * width);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; j += L)
-        store_first(output + (m + i) * ld + n + j, load(tile + i * width + j), cols - j);
+    });
   }
 };
 
