@@ -23,7 +23,7 @@ FASTNN_INLINE Vec<float> vexp2_nonpositive(Vec<float> x) {
   const Vec<float> low = x < -126.0f ? splat(-126.0f) : x;
   const Vec<float> shifted = low + 12582912.0f;  // 1.5 · 2^23: the integer lands in the low bits
   const Vec<int32_t> n = bitcast<Vec<int32_t>>(shifted) - bitcast<int32_t>(12582912.0f);
-  const Vec<float> y = horner(low - (shifted - 12582912.0f), p) * power_of_two(n);
+  const Vec<float> y = polynomial(low - (shifted - 12582912.0f), p) * power_of_two(n);
   return x < -126.0f ? zero<float>() : y;
 }
 FASTNN_INLINE Vec<double> vexp2_nonpositive(Vec<double> x) {
@@ -44,7 +44,7 @@ FASTNN_INLINE Vec<double> vexp2_nonpositive(Vec<double> x) {
   const Vec<double> low = x < -1022.0 ? splat(-1022.0) : x;
   const Vec<double> shifted = low + 6755399441055744.0;  // 1.5 · 2^52
   const Vec<int64_t> n = bitcast<Vec<int64_t>>(shifted) - bitcast<int64_t>(6755399441055744.0);
-  const Vec<double> y = horner(low - (shifted - 6755399441055744.0), p) * bitcast<Vec<double>>((n + 1023) << 52);
+  const Vec<double> y = polynomial(low - (shifted - 6755399441055744.0), p) * bitcast<Vec<double>>((n + 1023) << 52);
   return x < -1022.0 ? zero<double>() : y;
 }
 template <class C>
