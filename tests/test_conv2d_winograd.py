@@ -199,6 +199,53 @@ def test_nothing_is_touched_out_of_bounds(isa, side, tile):
             assert all(t.isfinite().all() for t in (y, again, *grads)), (isa, dtype, layout, size)
 
 
+# (n, c, h, w), k, padding, groups, dilation: a row of tiles within one group of columns, over several, with empty tiles
+DILATED = [
+    ((1, 5, 9, 11), 7, (2, 2), 1, (2, 2)),
+    ((2, 18, 23, 14), 20, (3, 1), 2, (3, 2)),
+    ((1, 3, 33, 35), 4, (12, 16), 1, (12, 16)),
+    ((1, 17, 6, 70), 33, (1, 0), 1, (1, 5)),
+    ((1, 4, 30, 5), 5, (0, 7), 1, (7, 7)),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_dilation_makes_images_of_every_few_pixels(isa, tile, layout):
+    """Each such image convolved by itself gives the same bits; the gradients are those of the direct sum."""
+    for dtype, (size, k, padding, groups, (dy, dx)) in itertools.product(testing.DTYPES, DILATED):
+        x, w, b = make(*size, k, groups, dtype, layout)
+        name = (isa, tile, layout, dtype, size)
+        with winograd(tile, isa):
+            ours = conv2d(x, w, b, 1, padding, (dy, dx), groups, activation="gelu")
+            padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+            for row, column in itertools.product(range(min(dy, ours.shape[2])), range(min(dx, ours.shape[3]))):
+                part = testing.laid_out(padded[:, :, row::dy, column::dx], layout)
+                alone = conv2d(part, w, b, 1, 0, 1, groups, activation="gelu")
+                assert torch.equal(ours[:, :, row::dy, column::dx], alone), name
+            packed = ops.conv2d_pack(w, groups, layout == "channels_last")
+            assert torch.equal(conv2d(x, w, b, 1, padding, (dy, dx), groups, activation="gelu", packed=packed), ours)
+            if dtype == torch.float64:
+                grad = torch.randn_like(ours)
+                grads = grads_of(lambda *t, a=(1, padding, (dy, dx), groups): conv2d(*t, *a), (x, w, b), grad)
+                stock = grads_of(lambda *t, a=(1, padding, (dy, dx), groups): F.conv2d(*t, *a), (x, w, b), grad)
+                torch.testing.assert_close(grads, stock, rtol=1e-11, atol=1e-11, msg=str(name))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("tile", TILES)
+def test_nothing_is_touched_out_of_bounds_with_a_dilation(isa, side, tile):
+    for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
+        for size, k, padding, groups, dilation in DILATED:
+            x, w, b = (testing.guarded(t, side).requires_grad_() for t in make(*size, k, groups, dtype, layout))
+            with testing.guarded_outputs(side), winograd(tile, isa):
+                y = conv2d(x, w, b, 1, padding, dilation, groups)
+                grad = testing.guarded(torch.ones_like(y), side)
+                assert all(t.isfinite().all() for t in (y, *torch.autograd.grad(y, (x, w, b), grad)))
+
+
 @pytest.mark.parametrize("tile", TILES)
 def test_layouts_of_input_and_weight(tile):
     for dtype in testing.DTYPES:
@@ -323,12 +370,16 @@ def test_the_choice():
         for n, c, size in [(1, 64, 56), (1, 128, 28), (8, 256, 14), (1, 64, 224), (32, 32, 32), (4, 512, 28)]:
             assert chosen(n, c, size, size, c, frozen=frozen) == "winograd4", (n, c, size)
         assert chosen(1, 64, 30, 31, 64, 2, frozen) == "winograd4"
+        assert chosen(1, 256, 28, 28, 256, frozen=frozen, dilation=2, padding=2) == "winograd4"
+        assert (
+            chosen(1, 128, 33, 33, 128, frozen=frozen, dilation=16, padding=16) == "implicit"
+        )  # three pixels an image
         for other in (
             {"kernel": 1, "padding": 0},
             {"kernel": 5},
             {"stride": 2},
             {"stride": (1, 2)},
-            {"dilation": 2},
+            {"dilation": 17},
             {"dtype": torch.float64},
             {"groups": 64},
         ):
@@ -344,8 +395,8 @@ def test_the_choice():
 def test_forced_where_it_does_not_fit():
     for algorithm in ("winograd2", "winograd4"):
         with forced(None, algorithm):
-            for other in ({"kernel": 1, "padding": 0}, {"kernel": 5}, {"stride": 2}, {"dilation": 2}):
-                assert chosen(1, 16, 9, 9, 16, **other) == "implicit"
+            for other in ({"kernel": 1, "padding": 0}, {"kernel": 5}, {"stride": 2}, {"dilation": 17}):
+                assert chosen(1, 16, 50, 50, 16, **other) == "implicit"
             assert chosen(1, 16, 9, 9, 16) == chosen(1, 1, 3, 3, 1, dtype=torch.float64, padding=0) == algorithm
 
 

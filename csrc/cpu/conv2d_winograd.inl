@@ -1,4 +1,7 @@
 // Convolution 3 x 3 of stride 1 by Winograd's F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3), see conv2d_winograd_transform.inl.
+//
+// With a dilation d every d-th pixel is an image of its own: tile t of a row begins at pixel t / d * M d + t % d and goes on
+// in steps of d, so that d neighbouring tiles cover M d neighbouring pixels. Blocks are whole such groups of tiles.
 #pragma once
 
 #include "cpu/conv2d_winograd_transform.inl"
@@ -93,6 +96,7 @@ struct Winograd {
   const Conv2dPass<T>& p;
   const WinogradGrid& grid;
   bool channels_last;
+  int64_t sy, sx;  // dilation
   WinogradChannels<T> s;
   int64_t tiles_y, tiles_x, tiles, per_block, blocks;
   int64_t v_point, m_point;  // distance of two points in V and in the products
@@ -104,12 +108,13 @@ struct Winograd {
   };
 
   Winograd(const Conv2dPass<T>& pass, const WinogradGrid& taps, bool nhwc)
-      : p(pass), grid(taps), channels_last(nhwc), s(pass) {
-    tiles_y = (p.OH + M - 1) / M, tiles_x = (p.OW + M - 1) / M, tiles = p.N * tiles_y * tiles_x;
-    const int64_t most = 32;
+      : p(pass), grid(taps), channels_last(nhwc), sy(taps.step_y), sx(taps.step_x), s(pass) {
+    tiles_y = (p.OH + M * sy - 1) / (M * sy) * sy, tiles_x = (p.OW + M * sx - 1) / (M * sx) * sx;
+    tiles = p.N * tiles_y * tiles_x;
+    const int64_t most = std::max<int64_t>(32, sx);
     blocks = (tiles + most - 1) / most;
     if (blocks >= p.threads) blocks = (blocks + p.threads - 1) / p.threads * p.threads;
-    per_block = (tiles + blocks - 1) / blocks;
+    per_block = ((tiles + blocks - 1) / blocks + sx - 1) / sx * sx;
     blocks = (tiles + per_block - 1) / per_block;
     v_point = per_block * s.KC * s.blocks + 16;
     m_point = per_block * NR + 16;
@@ -121,8 +126,14 @@ struct Winograd {
   int64_t v_size() const { return kPoints * v_point; }
   int64_t m_size() const { return s.per_group * kPoints * m_point; }
   int64_t stage_size() const { return channels_last ? 0 : per_block * M * M * NR; }
-  int64_t strip_size() const { return channels_last ? 0 : P * (std::min(per_block, tiles_x) * M + 2) * NR; }
+  int64_t strip_size() const { return channels_last ? 0 : P * (std::min(per_block, tiles_x) * M + 2 * sx) * NR; }
   int64_t count(int64_t block) const { return std::min(per_block, tiles - block * per_block); }
+
+  // Where a tile begins, and how many of its M outputs lie inside `size`.
+  static int64_t origin(int64_t tile, int64_t step) { return tile / step * M * step + tile % step; }
+  static int64_t inside(int64_t first, int64_t step, int64_t size) {
+    return std::clamp<int64_t>((size - first + step - 1) / step, 0, M);
+  }
 
   template <class F>
   void for_each_piece(int64_t block, const F& f) const {
@@ -151,29 +162,31 @@ struct Winograd {
 
   void transform_nhwc(const Piece& piece, int64_t group, int64_t c0, int64_t c1, C* v, const T* zeros) const {
     const ImageStrides st = p.source_strides;
+    const int64_t row = sy * st.row, column = sx * st.column;
     const T* image = p.source + piece.image * st.image + group * p.in;
-    const int64_t y = piece.row * M + grid.dy;
+    const int64_t y = origin(piece.row, sy) + grid.dy;
     for (int64_t tile = piece.begin; tile < piece.end; ++tile) {
-      const int64_t x = tile * M + grid.dx, number = piece.first + tile - piece.begin;
-      if (y >= 0 && y + P <= p.H && x >= 0 && x + P <= p.W) {
+      const int64_t x = origin(tile, sx) + grid.dx, number = piece.first + tile - piece.begin;
+      if (y >= 0 && y + (P - 1) * sy < p.H && x >= 0 && x + (P - 1) * sx < p.W) {
         const T* corner = image + y * st.row + x * st.column;
-        const T* last = corner + (P - 1) * (st.row + st.column);
+        const T* last = corner + (P - 1) * (row + column);
         int64_t c = c0;
         for (; c < c1 && last + c + L <= p.source_end; c += L)
-          winograd_input_patch<M, C>([&](int i, int j) { return load(corner + i * st.row + j * st.column + c); },
+          winograd_input_patch<M, C>([&](int i, int j) { return load(corner + i * row + j * column + c); },
                                      v_of(v, number, c), v_point);
         if (c < c1)
           winograd_input_patch<M, C>(
-              [&](int i, int j) { return load_first(corner + i * st.row + j * st.column + c, c1 - c); },
-              v_of(v, number, c), v_point);
+              [&](int i, int j) { return load_first(corner + i * row + j * column + c, c1 - c); }, v_of(v, number, c),
+              v_point);
       } else {
         const T* pixels[kPoints];
         const T* last = image;
         for (int i = 0; i < P; ++i)
           for (int j = 0; j < P; ++j) {
-            const bool inside = y + i >= 0 && y + i < p.H && x + j >= 0 && x + j < p.W;
-            pixels[i * P + j] = inside ? image + (y + i) * st.row + (x + j) * st.column : zeros;
-            if (inside) last = pixels[i * P + j];
+            const int64_t at_y = y + i * sy, at_x = x + j * sx;
+            const bool in_image = at_y >= 0 && at_y < p.H && at_x >= 0 && at_x < p.W;
+            pixels[i * P + j] = in_image ? image + at_y * st.row + at_x * st.column : zeros;
+            if (in_image) last = pixels[i * P + j];
           }
         int64_t c = c0;
         for (; c < c1 && last + c + L <= p.source_end; c += L)
@@ -188,13 +201,13 @@ struct Winograd {
 
   // n <= NR channels from c on: the piece's pixels, transposed and padded, lie in `strip`, [P][columns][NR].
   void transform_nchw(const Piece& piece, int64_t group, int64_t c, int64_t n, C* v, C* strip) const {
-    const int64_t columns = (piece.end - piece.begin) * M + 2;
+    const int64_t columns = (piece.end - piece.begin) * M + 2 * sx;
     const T* image = p.source + piece.image * p.source_strides.image + (group * p.in + c) * p.source_strides.channel;
-    const int64_t x0 = piece.begin * M + grid.dx;
+    const int64_t x0 = piece.begin * M + grid.dx;  // a group of tiles begins here
     const int64_t low = std::clamp<int64_t>(-x0, 0, columns), high = std::clamp<int64_t>(p.W - x0, low, columns);
     const int vectors = static_cast<int>((n + L - 1) / L);
     for (int i = 0; i < P; ++i) {
-      const int64_t y = piece.row * M + grid.dy + i;
+      const int64_t y = origin(piece.row, sy) + grid.dy + i * sy;
       C* to = strip + i * columns * NR;
       if (y < 0 || y >= p.H) {
         zero_over(to, columns * NR);
@@ -206,8 +219,8 @@ struct Winograd {
     }
     for (int64_t tile = 0; tile < piece.end - piece.begin; ++tile)
       for (int j = 0; j < vectors; ++j) {
-        const C* corner = strip + tile * M * NR + j * L;
-        winograd_input_patch<M, C>([&](int y, int x) { return load(corner + (y * columns + x) * NR); },
+        const C* corner = strip + origin(tile, sx) * NR + j * L;
+        winograd_input_patch<M, C>([&](int y, int x) { return load(corner + (y * columns + x * sx) * NR); },
                                    v_of(v, piece.first + tile, c + j * L), v_point);
       }
   }
@@ -311,17 +324,17 @@ struct Winograd {
     int64_t pixels = 0;
     for_each_piece(block, [&](const Piece& piece) {
       const int64_t width = std::min(piece.end * M, p.OW) - piece.begin * M;
-      const int64_t height = std::min<int64_t>(M, p.OH - piece.row * M);
+      const int64_t height = inside(origin(piece.row, sy), sy, p.OH);
       for (int64_t tile = 0; tile < piece.end - piece.begin; ++tile)
         for (int64_t j = 0; j < cols; j += L) {
-          C* to = stage + (pixels + tile * M) * NR + j;
-          const int64_t wide = std::min<int64_t>(M, width - tile * M);
+          C* to = stage + (pixels + origin(tile, sx)) * NR + j;
+          const int64_t wide = inside(origin(tile, sx), sx, width);
           winograd_output_patch<M, C>(products + (piece.first + tile) * NR + j, m_point, load(bias + j),
                                       [&](int i, const Vec<C>* y) {
                                         if (i >= height) return;
 #pragma GCC unroll 4
                                         for (int x = 0; x < M; ++x)
-                                          if (x < wide) store(to + (i * width + x) * NR, y[x]);
+                                          if (x < wide) store(to + (i * width + x * sx) * NR, y[x]);
                                       });
         }
       pixels += width * height;
@@ -333,19 +346,20 @@ struct Winograd {
 
   void store_nhwc(int64_t block, int64_t channel, int64_t cols, const C* bias, const C* products) const {
     const ImageStrides st = p.target_strides;
+    const int64_t row = sy * st.row, column = sx * st.column;
     const bool direct = std::is_same_v<T, C> && p.clamps();
     for_each_piece(block, [&](const Piece& piece) {
-      const int64_t height = std::min<int64_t>(M, p.OH - piece.row * M);
+      const int64_t y0 = origin(piece.row, sy), height = inside(y0, sy, p.OH);
       for (int64_t tile = piece.begin; tile < piece.end; ++tile) {
-        const int64_t at = piece.image * st.image + piece.row * M * st.row + tile * M * st.column + channel;
-        const int64_t width = std::min<int64_t>(M, p.OW - tile * M);
+        const int64_t x0 = origin(tile, sx), width = inside(x0, sx, p.OW);
+        const int64_t at = piece.image * st.image + y0 * st.row + x0 * st.column + channel;
         const C* from = products + (piece.first + tile - piece.begin) * NR;
         for (int64_t j = 0; j < cols; j += L)
           if (direct && width == M && height == M && cols - j >= L)
             winograd_output_patch<M, C>(from + j, m_point, load(bias + j), [&](int i, const Vec<C>* y) {
-              T* to = p.target + at + j + i * st.row;
+              T* to = p.target + at + j + i * row;
 #pragma GCC unroll 4
-              for (int x = 0; x < M; ++x, to += st.column) store(to, clamp(y[x]));
+              for (int x = 0; x < M; ++x, to += column) store(to, clamp(y[x]));
             });
           else
             winograd_output_patch<M, C>(from + j, m_point, load(bias + j), [&](int i, Vec<C>* y) {
@@ -353,7 +367,7 @@ struct Winograd {
               int64_t places[M];
               for (int x = 0; x < M; ++x) {
                 store(sums + x * L, y[x]);
-                places[x] = at + j + i * st.row + x * st.column;
+                places[x] = at + j + i * row + x * column;
               }
               if (i < height) store_sums<T>(p, sums, static_cast<int>(width), 1, cols - j, 1, places);
             });
@@ -376,8 +390,9 @@ struct Winograd {
     };
     for_each_piece(block, [&](const Piece& piece) {
       const int64_t width = std::min(piece.end * M, p.OW) - piece.begin * M;
-      T* to = base + piece.image * st.image + channel * st.channel + piece.row * M * st.row + piece.begin * M;
-      for (int64_t y = 0; y < std::min<int64_t>(M, p.OH - piece.row * M); ++y) add(to + y * st.row, width);
+      const int64_t y0 = origin(piece.row, sy);
+      T* to = base + piece.image * st.image + channel * st.channel + y0 * st.row + piece.begin * M;
+      for (int64_t y = 0; y < inside(y0, sy, p.OH); ++y) add(to + y * sy * st.row, width);
     });
     store_run(stage, run, length, cols);
   }

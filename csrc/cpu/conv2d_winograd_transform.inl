@@ -12,10 +12,10 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-// The taps as a 3 x 3 grid: where its corner lies, and the weight of (r, s).
+// The taps as a 3 x 3 grid: where its corner lies, how far apart its rows and columns are, and the weight of (r, s).
 struct WinogradGrid {
   bool fits = false;
-  int64_t dy = 0, dx = 0, weight[9];
+  int64_t dy = 0, dx = 0, step_y = 1, step_x = 1, weight[9];
   bool dense = true;  // the nine weights lie next to each other
 
   template <class T>
@@ -23,10 +23,12 @@ struct WinogradGrid {
     if (p.tap_count != 9 || p.step_h != 1 || p.step_w != 1) return;
     const TapBox box(p);
     dy = box.y0, dx = box.x0;
-    if (box.y1 - box.y0 != 2 || box.x1 - box.x0 != 2) return;
+    step_y = (box.y1 - dy) / 2, step_x = (box.x1 - dx) / 2;
+    if (step_y < 1 || step_x < 1) return;
     int found = 0;
     for (int64_t t = 0; t < 9; ++t) {
-      const int64_t at = (p.taps[t].dy - dy) * 3 + p.taps[t].dx - dx;
+      const int64_t y = p.taps[t].dy - dy, x = p.taps[t].dx - dx, at = y / step_y * 3 + x / step_x;
+      if (y % step_y || x % step_x || at >= 9) return;
       weight[at] = p.taps[t].weight;
       found |= 1 << at;
       dense &= weight[at] < 9;

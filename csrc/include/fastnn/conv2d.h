@@ -42,7 +42,7 @@ struct Conv2dShape {
            (dilation_h == 1 || R == 1) && (dilation_w == 1 || S == 1);
   }
   bool winograd() const {
-    return R == 3 && S == 3 && stride_h == 1 && stride_w == 1 && dilation_h == 1 && dilation_w == 1;
+    return R == 3 && S == 3 && stride_h == 1 && stride_w == 1 && dilation_h <= 16 && dilation_w <= 16;
   }
   // The problem whose output is the gradient of this one's input; for stride 1.
   Conv2dShape transposed() const {
@@ -67,7 +67,9 @@ inline double direct_cost(const Conv2dShape& s) {
   return 9.0 * s.group_in() * s.group_out() * (static_cast<double>(s.N) * s.OH * s.OW + kWeightCost);
 }
 inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool frozen) {
-  const double tiles = static_cast<double>(s.N) * ((s.OH + f.m - 1) / f.m) * ((s.OW + f.m - 1) / f.m);
+  const int64_t rows = f.m * s.dilation_h, columns = f.m * s.dilation_w;  // that tiles share
+  const double tiles = static_cast<double>(s.N) * ((s.OH + rows - 1) / rows * s.dilation_h) *
+                       ((s.OW + columns - 1) / columns * s.dilation_w);
   const double in = s.group_in(), out = s.group_out(), points = (f.m + 2) * (f.m + 2);
   return points * in * out * (tiles + (frozen ? kWeightCost : f.filter)) + tiles * (in * f.input + out * f.output);
 }
