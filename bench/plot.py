@@ -54,7 +54,7 @@ def draw(chart, rows: list[dict]) -> None:
     theirs = [reached(row, best(row)) for row in rows]
     for x, a, b in zip(at, ours, theirs, strict=True):
         chart.plot([x, x], [a, b], color="tab:green" if a >= b else "tab:red", linewidth=0.8)
-    chart.scatter(at, ours, s=22, color="tab:blue", zorder=3, label="fastnn, frozen where there is such a column")
+    chart.scatter(at, ours, s=22, color="tab:blue", zorder=3, label="fastnn, the faster of its columns")
     chart.scatter(at, theirs, s=22, color="tab:orange", zorder=3, marker="x", label="the best peer")
     for row, x, a, b in zip(rows, at, ours, theirs, strict=True):
         chart.annotate(row["id"], (x, a), fontsize=6, xytext=(3, 3), textcoords="offset points")

@@ -84,6 +84,8 @@ def test_peers_with_frozen_weights_are_told_from_the_frozen_column():
     assert "1x1: torch/fastnn 2.00×" in told
     without = row("c", torch=2.0)  # a family that has no frozen module
     assert table.against_best(without) == 2.0 and table.own(without) == "fastnn"
+    slower = row("d", torch=2.0, onnx=0.5, frozen=4.0)  # a module's call costs more than its packed weights save
+    assert table.against_best(slower) == 0.5 and table.own(slower) == "fastnn"
 
 
 def test_the_floor_of_short_problems_is_told_apart():
