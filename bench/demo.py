@@ -228,18 +228,19 @@ def families(report: Report, seconds: float) -> list[tuple[str, float, float]]:
     depthwise = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.ReLU6())
     gru, lstm = nn.GRU(128, 128), nn.LSTM(256, 256, batch_first=True)
     rows = []
-    for what, module, shape in (
-        ("linear 24×384→1536, GELU", linear, (24, 384)),
-        ("linear 512×384→1536, GELU", linear, (512, 384)),
-        ("conv2d 64→64 3×3 on 56², ReLU", conv, (1, 64, 56, 56)),
-        ("conv2d 96 depthwise 3×3 on 112², ReLU6", depthwise, (1, 96, 112, 112)),
-        ("GRU 128, 50 steps, batch 1", gru, (50, 1, 128)),
-        ("LSTM 256, 50 steps, batch 8", lstm, (8, 50, 256)),
+    winograd = 8  # its transforms round more than a direct sum: see fastnn.backends
+    for what, module, shape, roundings in (
+        ("linear 24×384→1536, GELU", linear, (24, 384), 1),
+        ("linear 512×384→1536, GELU", linear, (512, 384), 1),
+        ("conv2d 64→64 3×3 on 56², ReLU", conv, (1, 64, 56, 56), winograd),
+        ("conv2d 96 depthwise 3×3 on 112², ReLU6", depthwise, (1, 96, 112, 112), 1),
+        ("GRU 128, 50 steps, batch 1", gru, (50, 1, 128), 1),
+        ("LSTM 256, 50 steps, batch 8", lstm, (8, 50, 256), 1),
     ):
         module, x = module.eval(), torch.randn(shape)
         fast = fastnn.accelerate(module, freeze=True)
         expected, found = (m(x)[0] if isinstance(module, nn.RNNBase) else m(x) for m in (module, fast))
-        report.compare(what, expected, found, relative_bound(expected, 4))
+        report.compare(what, expected, found, relative_bound(expected, 4 * roundings))
         rows.append(speed(what, lambda m=module, x=x: m(x), lambda m=fast, x=x: m(x), seconds))
     problems = (
         ("attention 12 heads × 128², d 64", (1, 12, 128, 64), False),
