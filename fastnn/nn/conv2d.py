@@ -61,7 +61,7 @@ class Conv2d(Frozen, torch.nn.Conv2d):
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding) -> Tensor:
         where, packed = (self.stride, padding, self.dilation), None
-        if self._frozen and (self._fold is not None or weight is self.weight):
+        if self._frozen and (self._fold is not None or weight is self._parameters.get("weight")):
             packed = self._packed(weight, torch.ops.fastnn.conv2d_pack, lambda: self._packing(input, weight, where))
         return conv2d(input, weight, bias, *where, self.groups, activation=self.activation, packed=packed)
 
