@@ -158,10 +158,10 @@ inline void attention_forward(const AttentionParams& p) {
   const double flops = 2.0 * p.heads * p.query_length * p.key_length * (p.head_dim + p.value_dim + 16.0);
   const double bytes = 1.0 * plan.items * p.key_length * (p.head_dim + p.value_dim) * sizeof(T);
   const int threads = static_cast<int>(std::min<int64_t>(worth_threads(p.threads, flops, bytes), tasks));
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(tasks);
   parallel(threads, [&](int, int) {
     Scratch<C> memory(memory_size + state_size);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    for (int64_t task; queue.take(task);) {
       // Later rows first: with a causal limit they take longest.
       const int64_t part = task % plan.parts, item = task / plan.parts % plan.items;
       const int64_t chunk = plan.chunks - 1 - task / plan.parts / plan.items;

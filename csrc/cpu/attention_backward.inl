@@ -300,18 +300,18 @@ inline void attention_backward(const AttentionBackwardParams& b) {
   const int threads = worth_threads(p.threads, flops, 0);
 
   const auto over = [&](int64_t tasks, const auto& f) {
-    std::atomic<int64_t> next{0};
+    TaskQueue queue(tasks);
     parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+      for (int64_t task; queue.take(task);) f(task);
     });
   };
   over(p.heads, [&](int64_t head) { delta_rows<T>(b, head, delta + head * L); });
-  std::atomic<int64_t> next{0};
   const int64_t tasks = main_tasks + mask_tasks;
+  TaskQueue queue(tasks);
   parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
     Scratch<C> memory(GradientBlock<C>::size(p) + acc_size);
     const GradientBlock<C> block(p, memory);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    for (int64_t task; queue.take(task);) {
       if (task < main_tasks) {
         const int64_t item = task / parts, k0 = task % parts * part_keys;
         C* const own = wants_query ? grad_query + task * rows * padded_E : nullptr;

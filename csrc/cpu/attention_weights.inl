@@ -102,11 +102,11 @@ inline void attention_weights(const AttentionWeightsParams& w) {
   const int64_t tasks = results * k_blocks * q_blocks();
   const double flops = 2.0 * p.heads * L * S * (p.head_dim + 16.0), bytes = 1.0 * results * L * S * sizeof(T);
   const int threads = static_cast<int>(std::min<int64_t>(worth_threads(p.threads, flops, bytes), tasks));
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(tasks);
   parallel(threads, [&](int, int) {
     Scratch<C> memory(MR * few_stride<C>(p) + (decode ? 0 : kAttentionKeys * p.head_dim) +
                       (MR + (w.averaged > 1 ? queries : 0)) * kAttentionKeys);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    for (int64_t task; queue.take(task);) {
       const int64_t k0 = task % k_blocks * kAttentionKeys, q0 = task / k_blocks % q_blocks() * queries;
       weights_task<T>(w, decode, task / k_blocks / q_blocks(), q0, std::min(q0 + queries, L), k0,
                       std::min(kAttentionKeys, S - k0), memory.data());

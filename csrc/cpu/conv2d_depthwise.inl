@@ -211,13 +211,12 @@ void conv2d_depthwise_nchw(const Conv2dPass<T>& p) {
   using C = Compute<T>;
   const WeightRows<T> rows(p);
   const DepthwiseNchw<T> kernel(p, rows.data);
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(kernel.tasks());
   parallel(worth_threads(p.threads, p.flops(), double(p.N * p.groups * (p.H * p.W + p.OH * p.OW) * sizeof(T))),
            [&](int, int) {
              Scratch<C> block(kernel.block_size());
              std::fill_n(block.data(), kernel.block_size(), C(0));
-             for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < kernel.tasks();)
-               kernel.run(task, block);
+             for (int64_t task; queue.take(task);) kernel.run(task, block);
            });
 }
 

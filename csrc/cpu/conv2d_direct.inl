@@ -146,10 +146,10 @@ void conv2d_direct_nchw(const Conv2dPass<T>& p) {
   if (DepthwiseNchw<T>::serves(p)) return conv2d_depthwise_nchw(p);
   const WeightRows<T> rows(p);
   const DirectNchw<T> kernel(p, rows.data);
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(kernel.tasks());
   parallel(worth_threads(p.threads, p.flops(), 0), [&](int, int) {
     Scratch<Compute<T>> block(kernel.block_size());
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < kernel.tasks();) kernel.run(task, block);
+    for (int64_t task; queue.take(task);) kernel.run(task, block);
   });
 }
 
@@ -347,12 +347,11 @@ void conv2d_direct_nhwc(const Conv2dPass<T>& p) {
   if (!p.packed) pack_direct_nhwc(p, memory.data());
   for (int64_t k = 0; k < padded; ++k) bias[k] = p.bias && k < channels ? load_one(p.bias + k) : C(0);
   const DirectNhwc<T> kernel(p, p.packed ? p.packed : memory.data(), bias);
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(kernel.depthwise() ? p.N * p.OH : kernel.spread_tasks());
   parallel(worth_threads(p.threads, p.flops(), 0), [&](int, int) {
     Scratch<DirectTap<C>> taps(p.depth());
     Scratch<C> spread(kernel.depthwise() ? 0 : kernel.spread_size());
-    const int64_t tasks = kernel.depthwise() ? p.N * p.OH : kernel.spread_tasks();
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    for (int64_t task; queue.take(task);) {
       if (kernel.depthwise())
         kernel.depthwise_row(task / p.OH, task % p.OH, taps);
       else

@@ -409,10 +409,10 @@ void conv2d_grad_weight(const Conv2dGradWeight<T>& g, Conv2dAlgorithm algorithm,
   if (p.groups * p.out * p.depth() == 0) return;
   const int threads = worth_threads(p.threads, p.flops(), 0);
   auto each_task = [&](int64_t tasks, const auto& make_memory) {
-    std::atomic<int64_t> next{0};
+    TaskQueue queue(tasks);
     parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
       make_memory([&](const auto& run) {
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
+        for (int64_t task; queue.take(task);) run(task);
       });
     });
   };

@@ -85,10 +85,10 @@ template <class T>
 void conv2d_rows_nchw(const Conv2dPass<T>& p) {
   const WeightRows<T> rows(p);
   const RowsNchw<T> kernel(p, rows.data);
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(kernel.tasks());
   parallel(worth_threads(p.threads, p.flops(), 0), [&](int, int) {
     Scratch<Compute<T>> block(kernel.block_size());
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < kernel.tasks();) kernel.run(task, block);
+    for (int64_t task; queue.take(task);) kernel.run(task, block);
   });
 }
 

@@ -87,9 +87,9 @@ struct Conv2dGradWeight {
 // Hands out task numbers; which thread takes which does not matter to the result.
 template <class F>
 void for_each_task(int64_t tasks, int threads, const F& f) {
-  std::atomic<int64_t> next{0};
+  TaskQueue queue(tasks);
   parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+    for (int64_t task; queue.take(task);) f(task);
   });
 }
 

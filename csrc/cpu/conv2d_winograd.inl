@@ -480,9 +480,9 @@ struct Winograd {
 
   template <class F>
   static void each(int64_t tasks, int threads, const F& f) {
-    std::atomic<int64_t> next{0};
+    TaskQueue queue(tasks);
     parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int thread, int) {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task, thread);
+      for (int64_t task; queue.take(task);) f(task, thread);
     });
   }
 };

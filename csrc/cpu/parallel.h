@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace fastnn::cpu {
@@ -21,6 +22,18 @@ void parallel(int threads, const F& f) {
 #pragma omp parallel num_threads(threads)
   f(omp_get_thread_num(), omp_get_num_threads());
 }
+
+// Tasks 0 … count - 1 of a region, each taken by whichever thread is free. For tasks that write where no other does: who
+// runs one must not show in the result.
+class TaskQueue {
+ public:
+  explicit TaskQueue(int64_t count) : count_(count) {}
+  bool take(int64_t& task) { return (task = next_.fetch_add(1, std::memory_order_relaxed)) < count_; }
+
+ private:
+  const int64_t count_;
+  std::atomic<int64_t> next_{0};
+};
 
 // The half-open share [begin, end) of `count` items that falls to one thread, in multiples of `grain`.
 struct Range {
