@@ -56,7 +56,7 @@ def check(tile, x, w, b, padding, groups=1, activation=None, name="conv2d", pack
     ours = conv2d(x, w, b, 1, sides, 1, groups, activation=activation, packed=packed)
     assert ours.dtype == x.dtype
     testing.assert_close_to_oracle(
-        ours, oracle, 1.2 * magnitude + (activation is not None) * 1e-3, c=testing.WINOGRAD_BOUND[tile], name=name
+        ours, oracle, 1.2 * magnitude + (activation is not None) * 1e-3, c=bound[tile], name=name
     )
     return ours
 

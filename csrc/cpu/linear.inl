@@ -69,8 +69,9 @@ inline constexpr int64_t kDotRows = 16, kDotCols = 64;  // the block of outputs 
 
 // A block of at most kDotRows x kDotCols dot products. A tile's columns are not neighbours but lie `apart`: each reads on
 // where it ended in the tile before, so that W comes as a few long streams, which the prefetchers follow. (A tile of
-// neighbours starts new streams at each row; 1x384 -> 51865 took 1.7 times as long.) The tile depends on the rows alone, so that an output's order of
-// summation does not depend on which thread has its column: along K each accumulator runs the same way in all tiles.
+// neighbours starts new streams at each row; 1x384 -> 51865 took 1.7 times as long.) The tile depends on the rows
+// alone, so that an output's order of summation does not depend on which thread has its column: along K each
+// accumulator runs the same way in all tiles.
 template <class TX, class T>
 void dot_block(int64_t rows, int64_t cols, int64_t K, const TX* x, int64_t x_row, const T* w, int64_t w_row,
                Compute<T>* sums) {
