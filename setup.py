@@ -35,6 +35,7 @@ FLAGS = [
     "-ffp-contract=fast",  # a * b + c is one FMA where the ISA has it; everything else stays IEEE
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-tree-loop-distribute-patterns",  # a loop over a short row is faster than a call of memset
     "-Wall",
     "-Wno-psabi",  # vectors are passed between inlined functions only
     "-Wno-ignored-attributes",

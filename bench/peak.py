@@ -19,7 +19,7 @@ class Machine:
     Attributes:
         name: the processor.
         flops: floating-point operations per second of FMAs in registers, in the type that sums are kept in.
-        bandwidth: bytes per second read from memory, in order.
+        bandwidth: bytes per second read from memory, in a few long streams a thread.
         cache: bytes of the last cache; what is smaller stays there between the calls of a benchmark.
     """
 

@@ -43,9 +43,9 @@ void conv2d_grad_input(const Conv2dBackwardParams& params) {
   Scratch<Tap> taps(s.R * s.S);
   for (int64_t py = 0; py < std::min(s.stride_h, s.H); ++py)
     for (int64_t px = 0; px < std::min(s.stride_w, s.W); ++px) {
-      int64_t count = 0;
-      for (int64_t r = 0; r < s.R; ++r)
-        for (int64_t c = 0; c < s.S; ++c)
+      int64_t count = 0;  // backwards, so that the taps' pixels ascend
+      for (int64_t r = s.R - 1; r >= 0; --r)
+        for (int64_t c = s.S - 1; c >= 0; --c)
           if (reaches(py, s.pad_top, r, s.dilation_h, s.stride_h) &&
               reaches(px, s.pad_left, c, s.dilation_w, s.stride_w))
             taps[count++] = {(py + s.pad_top - r * s.dilation_h) / s.stride_h,

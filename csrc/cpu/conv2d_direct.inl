@@ -1,8 +1,6 @@
 // Convolution without a GEMM, for groups of few channels: depthwise, with a depth multiplier, and its gradient.
 //
-// NCHW: vectors along the pixels of a row. A band of input rows is copied into a zero-padded block in L1, the columns
-// of each phase of step_w together, so that every tap of every stride is a unit-stride load and no border is left.
-// A tile is 1x8 … 8x1 vectors of output rows x columns, 8 accumulators.
+// NCHW: vectors along the pixels of a row, read from a padded block in L1 (conv2d_block.inl). A tile is 1x8 … 8x1 vectors of output rows x columns, 8 accumulators.
 // NHWC: vectors along output channels, a tile is 4 pixels x 2 vectors. Depthwise reads the input where it lies, with the
 // taps that fall outside dropped from the list (per row, and per pixel at the left and right border). Other groups
 // first spread a band of rows so that lane k holds the input channel of output channel k, once for each channel a group.
@@ -10,6 +8,7 @@
 // Bound by memory for 3x3 depthwise; by loads (one a multiply-add) where many taps or channels meet.
 #pragma once
 
+#include "cpu/conv2d_block.inl"
 #include "cpu/conv2d_depthwise.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
@@ -21,100 +20,59 @@ struct DirectNchw {
   using C = Compute<T>;
   static constexpr int L = kLanes<C>;
   const Conv2dPass<T>& p;
-  const C* rows;  // weights, [groups * out][in * taps]
-  TapBox box;
-  int64_t width, row, plane;  // of the padded block: columns of a phase, elements of a row, of a channel
-  int64_t band, bands;        // output rows of a band
-  Scratch<int64_t> offsets;   // of each (channel, tap) in the block
+  const C* rows;            // weights, [groups * out][in * taps]
+  int64_t band = 1, bands;  // output rows of a band
+  PhaseBlock<T> block;
 
-  DirectNchw(const Conv2dPass<T>& pass, const C* weight_rows, int64_t least_band = 8)
-      : p(pass), rows(weight_rows), box(pass), offsets(pass.depth()) {
-    width = (p.OW + L - 1) / L * L + (box.x1 - box.x0) / p.step_w;
-    row = width * p.step_w;
-    const int64_t reach = box.y1 - box.y0 + 1;
-    const int64_t fit = 32768 / std::max<int64_t>(p.in * row * int64_t(sizeof(C)), 1);  // rows that fit in L1
-    band = std::clamp<int64_t>((fit - reach) / p.step_h + 1, least_band, std::max(p.OH, least_band));
+  DirectNchw(const Conv2dPass<T>& pass, const C* weight_rows)
+      : p(pass), rows(weight_rows), block(pass, (pass.OW + L - 1) / L * L, false, pass.in) {
+    while (band < p.OH && (band < 8 || block.bytes(p.in, band + 1) <= 32768)) ++band;  // L1
     bands = (p.OH + band - 1) / band;
     band = (p.OH + bands - 1) / bands;
-    plane = ((band - 1) * p.step_h + reach) * row;
-    for (int64_t c = 0; c < p.in; ++c)
-      for (int64_t t = 0; t < p.tap_count; ++t) {
-        const int64_t dx = p.taps[t].dx - box.x0;
-        offsets[c * p.tap_count + t] =
-            c * plane + (p.taps[t].dy - box.y0) * row + dx % p.step_w * width + dx / p.step_w;
-      }
+    block.set_band(p.in, band);
+  }
+
+  // Whether there are too few output channels to pay for packing a panel, and eight rows of outputs read no more than L2.
+  static bool serves(const Conv2dPass<T>& p) {
+    return p.tap_count > 1 && p.in > 0 && p.out <= 2 && PhaseBlock<T>(p, p.OW, false, 0).bytes(p.in, 8) <= 262144;
   }
 
   int64_t tasks() const { return p.N * p.groups * bands; }
-  int64_t block_size() const { return p.in * plane + L; }
+  int64_t block_size() const { return block.size(p.in); }
 
-  void run(int64_t task, C* block) const {
+  void run(int64_t task, C* memory) const {
     const int64_t image = task / (p.groups * bands), group = task / bands % p.groups;
     const int64_t y0 = task % bands * band, y1 = std::min(y0 + band, p.OH);
     if (y0 >= y1) return;
-    fill(image, group, y0, y1, block);
+    block.fill(image, group * p.in, p.in, y0, y1, memory);
     for (int64_t k = 0; k < p.out; ++k) {
       const int64_t channel = group * p.out + k;
       const int64_t at = image * p.target_strides.image + channel * p.target_strides.channel;
       for (int64_t x = 0; x < p.OW;) {
         const int64_t left = (p.OW - x + L - 1) / L;
         if (left >= 4) {
-          column<4>(block, y0, y1, x, channel, at), x += 4 * L;
+          column<4>(memory, y0, y1, x, channel, at), x += 4 * L;
         } else if (left >= 2) {
-          column<2>(block, y0, y1, x, channel, at), x += 2 * L;
+          column<2>(memory, y0, y1, x, channel, at), x += 2 * L;
         } else {
-          column<1>(block, y0, y1, x, channel, at), x += L;
+          column<1>(memory, y0, y1, x, channel, at), x += L;
         }
       }
     }
   }
 
-  // The padded block of output rows y0 … y1.
-  void fill(int64_t image, int64_t group, int64_t y0, int64_t y1, C* block) const {
-    for (int64_t c = 0; c < p.in; ++c) {
-      const T* source = p.source + image * p.source_strides.image + (group * p.in + c) * p.source_strides.channel;
-      C* to = block + c * plane;
-      const int64_t first = y0 * p.step_h + box.y0, count = (y1 - 1 - y0) * p.step_h + box.y1 - box.y0 + 1;
-      for (int64_t y = first; y < first + count; ++y, to += row) {
-        if (y < 0 || y >= p.H)
-          zero_over(to, row);
-        else
-          fill_row(source + y * p.source_strides.row, to);
-      }
-    }
-  }
-
-  // One padded row: for each phase of step_w the columns box.x0 + phase + j * step_w.
-  void fill_row(const T* source, C* to) const {
-    for (int64_t phase = 0; phase < p.step_w; ++phase, to += width) {
-      const int64_t x = box.x0 + phase;
-      const int64_t low = std::clamp<int64_t>((-x + p.step_w - 1) / p.step_w, 0, width);
-      const int64_t high = std::clamp<int64_t>((p.W - x + p.step_w - 1) / p.step_w, low, width);
-      const T* from = source + x;
-      zero_over(to, low);
-      if (p.step_w == 1) {
-        copy_over(to + low, from + low, high - low, p.source_end);
-      } else if (p.step_w == 2 && from + 2 * (high + L) <= p.source_end) {
-        for (int64_t j = low; j < high; j += L) store(to + j, load_even(from + 2 * j));
-      } else {
-        for (int64_t j = low; j < high; ++j) to[j] = load_one(from + j * p.step_w);
-      }
-      zero_over(to + high, width - high);
-    }
-  }
-
   // VECTORS columns from x of all rows of the band.
   template <int VECTORS>
-  void column(const C* block, int64_t y0, int64_t y1, int64_t x, int64_t channel, int64_t at) const {
+  void column(const C* memory, int64_t y0, int64_t y1, int64_t x, int64_t channel, int64_t at) const {
     int64_t y = y0;
-    const C* from = block + x;
+    const C* from = memory + x;
     constexpr int MOST = 8 / VECTORS;
-    for (; y + MOST <= y1; y += MOST) tile<MOST, VECTORS>(from + (y - y0) * p.step_h * row, y, x, channel, at);
+    for (; y + MOST <= y1; y += MOST) tile<MOST, VECTORS>(from + (y - y0) * block.pitch, y, x, channel, at);
     if constexpr (MOST > 4)
-      for (; y + 4 <= y1; y += 4) tile<4, VECTORS>(from + (y - y0) * p.step_h * row, y, x, channel, at);
+      for (; y + 4 <= y1; y += 4) tile<4, VECTORS>(from + (y - y0) * block.pitch, y, x, channel, at);
     if constexpr (MOST > 2)
-      for (; y + 2 <= y1; y += 2) tile<2, VECTORS>(from + (y - y0) * p.step_h * row, y, x, channel, at);
-    for (; y < y1; ++y) tile<1, VECTORS>(from + (y - y0) * p.step_h * row, y, x, channel, at);
+      for (; y + 2 <= y1; y += 2) tile<2, VECTORS>(from + (y - y0) * block.pitch, y, x, channel, at);
+    for (; y < y1; ++y) tile<1, VECTORS>(from + (y - y0) * block.pitch, y, x, channel, at);
   }
 
   template <int ROWS, int VECTORS>
@@ -126,7 +84,7 @@ struct DirectNchw {
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) acc[i][j] = start;
     const C* weight = rows + channel * p.depth();
-    const int64_t depth = p.depth(), down = p.step_h * row;
+    const int64_t depth = p.depth(), down = block.pitch, *const offsets = block.offsets;
     for (int64_t k = 0; k < depth; ++k) {
       const Vec<C> w = splat<C>(weight[k]);
       const C* tap = from + offsets[k];
@@ -148,8 +106,8 @@ void conv2d_direct_nchw(const Conv2dPass<T>& p) {
   const DirectNchw<T> kernel(p, rows.data);
   TaskQueue queue(kernel.tasks());
   parallel(worth_threads(p.threads, p.flops(), 0), [&](int, int) {
-    Scratch<Compute<T>> block(kernel.block_size());
-    for (int64_t task; queue.take(task);) kernel.run(task, block);
+    Scratch<Compute<T>> memory(kernel.block_size());
+    for (int64_t task; queue.take(task);) kernel.run(task, memory);
   });
 }
 

@@ -266,7 +266,7 @@ struct DirectGradWeightNchw {
     for (int64_t image = 0; image < p.N; ++image)
       for (int64_t y0 = 0; y0 < p.OH; y0 += geometry.band) {
         const int64_t y1 = std::min(y0 + geometry.band, p.OH);
-        geometry.fill(image, group, y0, y1, block);
+        geometry.block.fill(image, group * p.in, p.in, y0, y1, block);
         for (int64_t k = 0; k < p.out; ++k) {
           const T* from = g.grad + image * p.target_strides.image + (group * p.out + k) * p.target_strides.channel;
           for (int64_t y = y0; y < y1; ++y) {
@@ -299,9 +299,9 @@ struct DirectGradWeightNchw {
 #pragma GCC unroll 5
     for (int t = 0; t < TAPS; ++t) {
       acc[t][0] = acc[t][1] = zero<C>();
-      tap[t] = block + geometry.offsets[first + t];
+      tap[t] = block + geometry.block.offsets[first + t];
     }
-    const int64_t down = p.step_h * geometry.row;
+    const int64_t down = geometry.block.pitch;
     auto one = [&](const C* grad, int64_t at, int which) {
       const Vec<C> x = load(grad);
 #pragma GCC unroll 5

@@ -10,7 +10,7 @@
 // much as 4 to 8 output channels.
 #pragma once
 
-#include "cpu/conv2d_tile.inl"
+#include "cpu/conv2d_pixels.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -19,12 +19,6 @@ namespace fastnn::cpu::FASTNN_ISA {
 struct Piece {
   int32_t to, count;
   int64_t from;  // < 0: zeros
-};
-
-// A run of pixels of the panel in one row of the grid.
-struct PixelRun {
-  int64_t image, y, x;
-  int32_t column, count;
 };
 
 // Splits pixels q0 … q0 + cols of all images' grids in a row into runs of at most `longest`; returns their number.
@@ -42,12 +36,14 @@ inline int split_pixels(int64_t q0, int64_t cols, int64_t OH, int64_t OW, int64_
   return count;
 }
 
-template <class C>
-struct PixelPanel {
-  PixelRun runs[kNR<C>];
-  int count;
-  PixelPanel(int64_t q0, int64_t cols, int64_t OH, int64_t OW) { count = split_pixels(q0, cols, OH, OW, cols, runs); }
-};
+template <class T>
+PixelTile<Compute<T>> panel_pixels(const Conv2dPass<T>& p, int64_t q0, int64_t cols) {
+  PixelTile<Compute<T>> tile;
+  tile.count = split_pixels(q0, cols, p.OH, p.OW, cols, tile.runs);
+  tile.cols = cols;
+  tile.find_together(p);
+  return tile;
+}
 
 // The pieces of `width` columns, of which `cols` are pixels, for all taps of a channel: tap t's go to columns
 // t * width …. Runs are at most NR long. Returns the pieces' number; `farthest` is the largest `from`.
@@ -151,7 +147,7 @@ void gather_rows(const T* source, int64_t channel_stride, int64_t channels, int6
 template <class T>
 struct ImplicitNchw {
   using C = Compute<T>;
-  static constexpr int L = kLanes<C>, NR = kNR<C>;
+  static constexpr int L = kLanes<C>, NR = kNR<C>, kFewPixels = 2;
   const Conv2dPass<T>& p;
   const C* rows;  // [groups * out][depth]
   int64_t pixels, panels, per_block, blocks, channels, splits;
@@ -186,6 +182,7 @@ struct ImplicitNchw {
     const bool one_block = channels >= p.in;
     Scratch<C> packed(panel_size * (last - first) + NR);
     Scratch<C> sums(one_block ? 0 : (m_end - m_begin) * width);
+    Scratch<C> columns(kFewPixels * channels * p.tap_count);
     Scratch<Piece> pieces(
         in_rows && p.N == 1 ? 0 : most_pieces(p.tap_count, std::min<int64_t>(NR, runs_of_panel()), NR, NR));
     const int64_t MB = std::max<int64_t>(131072 / (channels * p.tap_count * int64_t(sizeof(C))) / kTileRows, 1);
@@ -195,11 +192,16 @@ struct ImplicitNchw {
     do {
       const int64_t n = std::min(channels, p.in - c), depth = n * p.tap_count;
       gather(group, c, n, first, last, packed, panel_size, pieces);
+      const int64_t rest = std::min(last * NR, pixels) - (last - 1) * NR;  // pixels of the last panel
+      if (rest <= kFewPixels)
+        for (int64_t i = 0; i < rest * depth; ++i)
+          columns[i] = packed[(last - 1 - first) * panel_size + i % depth * NR + i / depth];
       for (int64_t tile_block = 0; tile_block < tiles.tiles; tile_block += MB)
         for (int64_t panel = first; panel < last; ++panel) {
           const int64_t cols = std::min<int64_t>(NR, pixels - panel * NR);
-          const PixelPanel<C> place(panel * NR, cols, p.OH, p.OW);
+          const PixelTile<C> place = panel_pixels(p, panel * NR, cols);
           const C* b = packed + (panel - first) * panel_size;
+          const C* column = cols <= kFewPixels ? columns.data() : nullptr;
           for (int64_t tile = tile_block; tile < std::min(tile_block + MB, tiles.tiles); ++tile) {
             const int64_t m = m_begin + tiles.begin(tile), height = tiles.begin(tile + 1) - tiles.begin(tile);
             C* partial = one_block ? nullptr : sums + (m - m_begin) * width + (panel - first) * NR;
@@ -208,9 +210,9 @@ struct ImplicitNchw {
             with_exact_rows(height, [&](auto h) {
               constexpr int ROWS = decltype(h)::value;
               if (cols <= L)
-                multiply<ROWS, 1>(a, depth, b, partial, width, c == 0, c + n >= p.in, group * p.out + m, cols, place);
+                multiply<ROWS, 1>(a, depth, b, partial, width, c == 0, c + n >= p.in, group * p.out + m, place, column);
               else
-                multiply<ROWS, 2>(a, depth, b, partial, width, c == 0, c + n >= p.in, group * p.out + m, cols, place);
+                multiply<ROWS, 2>(a, depth, b, partial, width, c == 0, c + n >= p.in, group * p.out + m, place, column);
             });
           }
         }
@@ -229,16 +231,36 @@ struct ImplicitNchw {
                          packed, panel_size);
     for (int64_t panel = first; panel < last; ++panel, packed += panel_size) {
       const int64_t cols = std::min<int64_t>(NR, pixels - panel * NR);
-      const PixelPanel<C> place(panel * NR, cols, p.OH, p.OW);
+      const PixelTile<C> place = panel_pixels(p, panel * NR, cols);
       int64_t farthest;
       const int64_t count = plan_pieces(p, place.runs, place.count, cols, NR, pieces, farthest);
       gather_panel(p, source, n, pieces, count, farthest, NR, packed);
     }
   }
 
+  // A panel of one or two pixels, as 7 x 7 leaves one, would cost two thirds of a full one: their sums are dot products
+  // along the weights' rows, with the pixels' columns next to each other.
+  template <int ROWS, int VECTORS>
+  FASTNN_INLINE void add_dots(const C* const* a, int64_t depth, const C* columns, int64_t count,
+                              Vec<C> (&acc)[ROWS][VECTORS]) const {
+    for (int64_t j = 0; j < count; ++j, columns += depth) {
+      Vec<C> sums[ROWS];
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) sums[i] = zero<C>();
+      for (int64_t k = 0; k < depth; k += L) {
+        const int64_t n = depth - k;
+        const Vec<C> x = load_first(columns + k, n);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) sums[i] = fma(load_first(a[i] + k, n), x, sums[i]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) acc[i][0][j] += reduce_add<C>(sums[i]);
+    }
+  }
+
   template <int ROWS, int VECTORS>
   void multiply(const C* const* a, int64_t depth, const C* b, C* partial, int64_t partial_stride, bool first, bool last,
-                int64_t channel, int64_t cols, const PixelPanel<C>& place) const {
+                int64_t channel, const PixelTile<C>& place, const C* column) const {
     Vec<C> acc[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
@@ -247,7 +269,10 @@ struct ImplicitNchw {
         acc[i][j] = !first   ? load(partial + i * partial_stride + j * L)
                     : p.bias ? splat<C>(load_one(p.bias + channel + i))
                              : zero<C>();
-    tile_kernel<C, ROWS, VECTORS>(1, a, depth, b, acc);
+    if (VECTORS == 1 && column)
+      add_dots<ROWS, VECTORS>(a, depth, column, place.cols, acc);
+    else
+      tile_kernel<C, ROWS, VECTORS>(1, a, depth, b, acc);
     if (!last) {
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i)
@@ -255,41 +280,7 @@ struct ImplicitNchw {
         for (int j = 0; j < VECTORS; ++j) store(partial + i * partial_stride + j * L, acc[i][j]);
       return;
     }
-    const ImageStrides& st = p.target_strides;
-    const PixelRun& run = place.runs[0];
-    const bool dense = st.column == 1 && st.row == p.OW;
-    if (place.count == 1 ? st.column == 1 : dense && place.runs[place.count - 1].image == run.image) {
-      const int64_t at = run.image * st.image + channel * st.channel + run.y * st.row + run.x;
-      store_rows<T, ROWS, VECTORS>(acc, p, cols, 1, [&](int i) { return at + i * st.channel; });
-    } else {
-      scatter<ROWS, VECTORS>(acc, channel, place);
-    }
-  }
-
-  template <int ROWS, int VECTORS>
-  __attribute__((noinline)) void scatter(Vec<C> (&acc)[ROWS][VECTORS], int64_t channel,
-                                         const PixelPanel<C>& place) const {
-    const ImageStrides& st = p.target_strides;
-    alignas(64) C buffer[ROWS * NR];
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < VECTORS; ++j) store(buffer + i * NR + j * L, acc[i][j]);
-    auto write = [&](T* base) {
-      for (int i = 0; i < ROWS; ++i)
-        for (int r = 0; r < place.count; ++r) {
-          const PixelRun& run = place.runs[r];
-          T* to = base + run.image * st.image + (channel + i) * st.channel + run.y * st.row + run.x * st.column;
-          const C* from = buffer + i * NR + run.column;
-          if (st.column == 1)
-            copy_run(to, from, run.count);
-          else
-            for (int x = 0; x < run.count; ++x) store_one(to + x * st.column, from[x]);
-        }
-    };
-    if (p.pre_activation) write(p.pre_activation);
-    if (VECTORS == 1)
-      for (int i = 0; i < ROWS; ++i) store(buffer + i * NR + L, zero<C>());
-    if (p.activation != Activation::None) activate_in_place<C>(p.activation, buffer, ROWS * NR);
-    write(p.target);
+    store_pixels<T, ROWS, VECTORS>(acc, p, channel, place);
   }
 };
 

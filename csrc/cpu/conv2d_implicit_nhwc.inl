@@ -8,7 +8,7 @@
 // No K blocks: a panel of weights (taps * in * 64 bytes) streams from L2 at 11 bytes a cycle. FMA-bound.
 #pragma once
 
-#include "cpu/conv2d_tile.inl"
+#include "cpu/conv2d_band_nhwc.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -66,13 +66,13 @@ struct ImplicitNhwc {
   const Conv2dPass<T>& p;
   const C* packed;
   const C* zeros;  // a pixel of padding
-  C* bias;         // [groups][panels * NR]
+  const C* bias;   // [groups][panels * NR]
   int64_t pixels, tiles, per_block, blocks, panels, splits;
   bool gathered;  // rows are copied, one segment of taps * in
   Scratch<TapRun> runs;
   int64_t run_count = 0;
 
-  ImplicitNhwc(const Conv2dPass<T>& pass, const C* weights, const C* zero_pixel, C* padded_bias)
+  ImplicitNhwc(const Conv2dPass<T>& pass, const C* weights, const C* zero_pixel, const C* padded_bias)
       : p(pass), packed(weights), zeros(zero_pixel), bias(padded_bias), runs(pass.tap_count) {
     pixels = p.N * p.OH * p.OW;
     panels = (p.out + NR - 1) / NR;
@@ -93,9 +93,6 @@ struct ImplicitNhwc {
     splits = 1;
     if (p.threads > 1 && blocks * p.groups < 2 * p.threads)
       splits = std::clamp<int64_t>((2 * p.threads + blocks * p.groups - 1) / (blocks * p.groups), 1, panels);
-    for (int64_t g = 0; g < p.groups; ++g)
-      for (int64_t m = 0; m < panels * NR; ++m)
-        bias[g * panels * NR + m] = p.bias && m < p.out ? load_one(p.bias + g * p.out + m) : C(0);
   }
 
   int64_t tasks() const { return p.groups * blocks * splits; }
@@ -186,9 +183,15 @@ void conv2d_implicit_nhwc(const Conv2dPass<T>& p) {
   const int threads = worth_threads(p.threads, p.flops(), 0);
   Scratch<C> memory(p.packed ? 0 : packed_size_nhwc(p));
   if (!p.packed) pack_nhwc(p, memory.data());
-  Scratch<C> zeros(p.in), bias(p.groups * ((p.out + NR - 1) / NR) * NR);
+  const C* packed = p.packed ? p.packed : memory.data();
+  const int64_t padded = (p.out + NR - 1) / NR * NR;
+  Scratch<C> zeros(p.in), bias(p.groups * padded);
   std::fill(zeros.data(), zeros.data() + p.in, C(0));
-  const ImplicitNhwc<T> kernel(p, p.packed ? p.packed : memory.data(), zeros, bias);
+  for (int64_t g = 0; g < p.groups; ++g)
+    for (int64_t m = 0; m < padded; ++m)
+      bias[g * padded + m] = p.bias && m < p.out ? load_one(p.bias + g * p.out + m) : C(0);
+  if (BandNhwc<T>::serves(p)) return conv2d_band_nhwc(p, packed, bias.data());
+  const ImplicitNhwc<T> kernel(p, packed, zeros, bias);
   for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });
 }
 

@@ -1,9 +1,11 @@
 // From the params of a convolution to the pass that the kernels run.
 #pragma once
 
+#include "cpu/conv2d_band_nchw.inl"
+#include "cpu/conv2d_direct.inl"
 #include "cpu/conv2d_implicit_nchw.inl"
 #include "cpu/conv2d_implicit_nhwc.inl"
-#include "cpu/conv2d_rows.inl"
+
 #include "cpu/conv2d_winograd.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
@@ -73,12 +75,13 @@ Conv2dPass<T> forward_pass(const Conv2dParams& params, Tap* taps) {
 template <class T>
 void run_pass(const Conv2dPass<T>& pass, Conv2dAlgorithm algorithm, bool channels_last) {
   if (pass.N * pass.groups * pass.out * pass.OH * pass.OW == 0) return;
-  if (algorithm == Conv2dAlgorithm::Direct && pass.in > 0)
-    return channels_last ? conv2d_direct_nhwc(pass) : conv2d_direct_nchw(pass);
+  const bool direct = algorithm == Conv2dAlgorithm::Direct && pass.in > 0;
+  if (direct && channels_last) return conv2d_direct_nhwc(pass);
   if (algorithm == Conv2dAlgorithm::Winograd2) return conv2d_winograd<2>(pass, channels_last);
   if (algorithm == Conv2dAlgorithm::Winograd4) return conv2d_winograd<4>(pass, channels_last);
   if (channels_last) return conv2d_implicit_nhwc(pass);
-  RowsNchw<T>::serves(pass) ? conv2d_rows_nchw(pass) : conv2d_implicit_nchw(pass);
+  if (BandNchw<T>::serves(pass)) return conv2d_band_nchw(pass);
+  direct || DirectNchw<T>::serves(pass) ? conv2d_direct_nchw(pass) : conv2d_implicit_nchw(pass);
 }
 
 }  // namespace fastnn::cpu::FASTNN_ISA

@@ -101,28 +101,55 @@ FASTNN_INLINE void copy_run(T* to, const C* from, int64_t count) {
   if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
-// Every second element of 2 * lanes. The mask is a constant of the program text, as in swap_lanes.
-template <class C, int... LANE>
-FASTNN_INLINE Vec<C> even_lanes(Vec<C> a, Vec<C> b, std::integer_sequence<int, LANE...>) {
-  return __builtin_shuffle(a, b, Vec<Bits<C>>{static_cast<Bits<C>>(2 * LANE)...});
+// Every second element of 2 * lanes, from FIRST on. The mask is a constant of the program text, as in swap_lanes.
+template <class C, int FIRST, int... LANE>
+FASTNN_INLINE Vec<C> every_second(Vec<C> a, Vec<C> b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shuffle(a, b, Vec<Bits<C>>{static_cast<Bits<C>>(2 * LANE + FIRST)...});
+}
+template <class C, int FIRST = 0>
+FASTNN_INLINE Vec<C> every_second(Vec<C> a, Vec<C> b) {
+  return every_second<C, FIRST>(a, b, std::make_integer_sequence<int, kLanes<C>>{});
 }
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_even(const T* from) {
-  constexpr int L = kLanes<Compute<T>>;
-  return even_lanes<Compute<T>>(load(from), load(from + L), std::make_integer_sequence<int, L>{});
+  return every_second<Compute<T>>(load(from), load(from + kLanes<Compute<T>>));
 }
 
 // Rows of weights, [out][in][taps] for each group, in compute type: the weights as they lie where that is their order,
 // else a copy.
+//
+// Some rows at a time, since for the gradient of the input they are columns of the weight: neighbours there.
 template <class T>
 void order_weights(const Conv2dPass<T>& p, Compute<T>* to) {
-  for_each_task(p.groups * p.out, worth_threads(p.threads, 0, double(p.groups * p.out * p.depth() * sizeof(T))),
-                [&](int64_t row) {
-                  const T* from = p.weight + row / p.out * p.weight_group + row % p.out * p.weight_out;
-                  auto* line = to + row * p.depth();
-                  if (p.weight_in_order()) return copy_run(line, from, p.depth());
-                  for (int64_t c = 0; c < p.in; ++c, from += p.weight_in)
-                    for (int64_t t = 0; t < p.tap_count; ++t) *line++ = load_one(from + p.taps[t].weight);
+  constexpr int L = kLanes<Compute<T>>;
+  constexpr int64_t kRows = 16;  // whole vectors, whatever the ISA
+  const int64_t parts = (p.out + kRows - 1) / kRows, depth = p.depth();
+  for_each_task(p.groups * parts, worth_threads(p.threads, 0, double(p.groups * p.out * depth * sizeof(T))),
+                [&](int64_t task) {
+                  const int64_t group = task / parts, k0 = task % parts * kRows, k1 = std::min(k0 + kRows, p.out);
+                  const T* from = p.weight + group * p.weight_group;
+                  Compute<T>* const rows = to + group * p.out * depth;
+                  if (p.weight_in_order()) {
+                    for (int64_t k = k0; k < k1; ++k) copy_run(rows + k * depth, from + k * p.weight_out, depth);
+                    return;
+                  }
+                  int64_t c = 0;
+                  if (p.tap_count == 1 && p.weight_out == 1 && k1 - k0 == kRows)
+                    for (; c + L <= p.in; c += L, from += L * p.weight_in)
+                      for (int64_t k = k0; k < k1; k += L) {
+                        Vec<Compute<T>> line[L];
+#pragma GCC unroll 16
+                        for (int i = 0; i < L; ++i) line[i] = load(from + p.taps[0].weight + i * p.weight_in + k);
+                        transpose_in_place<Compute<T>>(line);
+#pragma GCC unroll 16
+                        for (int i = 0; i < L; ++i) store(rows + (k + i) * depth + c, line[i]);
+                      }
+                  for (; c < p.in; ++c, from += p.weight_in)
+                    for (int64_t k = k0; k < k1; ++k) {
+                      Compute<T>* const line = rows + k * depth + c * p.tap_count;
+                      for (int64_t t = 0; t < p.tap_count; ++t)
+                        line[t] = load_one(from + k * p.weight_out + p.taps[t].weight);
+                    }
                 });
 }
 

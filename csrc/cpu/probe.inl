@@ -27,15 +27,19 @@ inline double probe_fma(DType dtype, int64_t rounds) {
   return dtype == DType::Float64 ? probe_fma_rounds<double>(rounds) : probe_fma_rounds<float>(rounds);
 }
 
+// In kStreams long streams at once: one alone does not keep as many lines on their way as a core can wait for.
 inline float probe_read(const float* data, int64_t count) {
-  constexpr int L = kLanes<float>;
-  Vec<float> sum[8] = {};
-  for (int64_t i = 0; i + 8 * L <= count; i += 8 * L) {
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) sum[j] += load(data + i + j * L);
+  constexpr int L = kLanes<float>, kStreams = 4, kAtOnce = 2;
+  const int64_t length = count / (kStreams * kAtOnce * L) * kAtOnce * L;
+  Vec<float> sum[kStreams * kAtOnce] = {};
+  for (int64_t i = 0; i < length; i += kAtOnce * L) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s)
+#pragma GCC unroll 2
+      for (int j = 0; j < kAtOnce; ++j) sum[s * kAtOnce + j] += load(data + s * length + i + j * L);
   }
   float total = 0;
-  for (int j = 0; j < 8; ++j) total += sum[j][0];
+  for (const Vec<float>& part : sum) total += part[0];
   return total;
 }
 

@@ -75,10 +75,11 @@ inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool fr
 }
 
 // The rule that chooses, in one place; the number of threads has no say in it. A group with few channels leaves a GEMM
-// tile mostly empty, and the direct kernel reads each of its pixels from L1 instead. winograd: whether it may be chosen;
+// tile mostly empty, and the direct kernel reads each of its pixels from L1 instead (in NHWC, where vectors run along the
+// output channels, five of them fill a vector well enough). winograd: whether it may be chosen;
 // frozen: whether the filter is packed before the call.
 inline Conv2dAlgorithm conv2d_algorithm(const Conv2dShape& s, bool winograd, bool frozen) {
-  const bool few = s.groups > 1 && s.group_in() <= 8 && s.group_out() <= 8;
+  const bool few = s.groups > 1 && s.group_in() <= 8 && s.group_out() <= (s.channels_last ? 4 : 8);
   if (few) return Conv2dAlgorithm::Direct;
   if (winograd && s.winograd() && s.group_in() >= 16 && s.group_out() >= 16) {
     const double two = winograd_cost(s, kWinogradCosts[0], frozen), four = winograd_cost(s, kWinogradCosts[1], frozen);
