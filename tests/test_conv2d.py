@@ -95,6 +95,8 @@ PROBLEMS = [
     ((1, 400, 7, 7), 9, 1, 1, 0, 1, 1),  # one pixel in the last panel, two blocks of depth
     ((1, 40, 9, 33), 3, 3, 1, 1, 1, 1),  # few output channels of many
     ((2, 33, 8, 31), 2, 3, 2, 1, 1, 1),
+    ((2, 7, 33, 37), 3, 1, 1, 0, 1, 1),  # 1x1 to few channels: two chunks of pixels; groups
+    ((1, 10, 3, 5), 8, 1, 1, 0, 1, 2),
 ]
 
 

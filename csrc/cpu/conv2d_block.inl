@@ -43,7 +43,7 @@ struct PhaseBlock {
         phases[phase_count++] = phase;
       }
     pairs = p.step_w == 2 && phase_count % 2 == 0;
-    for (int64_t i = 0; pairs && i < phase_count; i += 2) pairs = phases[i].y == phases[i + 1].y;
+    for (int64_t i = 0; pairs && i < phase_count; i += 2) pairs = alternate(phases[i], phases[i + 1]);
     pitch = width - (share ? std::min(border, width - columns) : 0);  // no row is shorter than its outputs
   }
 
@@ -67,11 +67,15 @@ struct PhaseBlock {
       for (int64_t i = 0; i < phase_count; i += pairs ? 2 : 1) {
         const Phase& phase = phases[i];
         C* to = block + c * plane + i * phase_size;
+        const TwoPhases two = pairs ? two_phases(phase, phases[i + 1]) : TwoPhases{};
         int64_t y = y0 * p.step_h + phase.y;
         for (int64_t row = 0; row < y1 - y0 + reach; ++row, y += p.step_h, to += pitch) {
           const T* from = source + y * p.source_strides.row;
           const bool inside = y >= 0 && y < p.H;
-          if (inside && pairs && fill_two(from, phase, phases[i + 1], to, to + phase_size)) continue;
+          if (inside && pairs && from + two.end <= p.source_end) {
+            fill_two(from + two.x, two, to);
+            continue;
+          }
           fill_row(inside ? from : nullptr, phase, to);
           if (pairs) fill_row(inside ? from : nullptr, phases[i + 1], to + phase_size);
         }
@@ -91,26 +95,37 @@ struct PhaseBlock {
         return i * phase_size + dy / p.step_h * pitch + dx / p.step_w;
     return 0;
   }
-  // Both phases of one row at once, if their pixels alternate and whole vectors may be read.
-  bool fill_two(const T* source, const Phase& one, const Phase& other, C* to, C* to_other) const {
+  static bool alternate(const Phase& one, const Phase& other) {
+    return one.y == other.y && std::abs(one.x + 2 * one.low - other.x - 2 * other.low) == 1;
+  }
+  // Both phases of one row, whose pixels alternate.
+  struct TwoPhases {
+    int64_t x, end, count;  // image column of the first pixel, one past the last one read, pixels of the longer phase
+    int64_t low[2], high[2], at[2];  // of the phase that begins first and of the other, and where it lies
+  };
+  TwoPhases two_phases(const Phase& one, const Phase& other) const {
     const int64_t x = one.x + 2 * one.low, x_other = other.x + 2 * other.low;
     const bool swap = x_other < x;
     const Phase &even = swap ? other : one, &odd = swap ? one : other;
-    C *to_even = swap ? to_other : to, *to_odd = swap ? to : to_other;
-    const int64_t n = std::max(even.high - even.low, odd.high - odd.low);
-    const T* from = source + std::min(x, x_other);
-    if (std::max(x, x_other) != std::min(x, x_other) + 1 || from + 2 * (n + L) > p.source_end) return false;
-    zero_over(to_even, even.low);
-    zero_over(to_odd, odd.low);
-    to_even += even.low, to_odd += odd.low;
-    for (int64_t j = 0; j < n; j += L) {
+    const int64_t count = (std::max(even.high - even.low, odd.high - odd.low) + L - 1) / L * L;
+    return {std::min(x, x_other),
+            std::min(x, x_other) + 2 * count,
+            count,
+            {even.low, odd.low},
+            {even.high, odd.high},
+            {swap ? phase_size : 0, swap ? 0 : phase_size}};
+  }
+  void fill_two(const T* from, const TwoPhases& two, C* to) const {
+    C *const even = to + two.at[0], *const odd = to + two.at[1];
+    zero_over(even, two.low[0]);
+    zero_over(odd, two.low[1]);
+    for (int64_t j = 0; j < two.count; j += L) {
       const Vec<C> a = load(from + 2 * j), b = load(from + 2 * j + L);
-      store(to_even + j, every_second<C>(a, b));
-      store(to_odd + j, every_second<C, 1>(a, b));
+      store(even + two.low[0] + j, every_second<C>(a, b));
+      store(odd + two.low[1] + j, every_second<C, 1>(a, b));
     }
-    zero_over(to_even + even.high - even.low, width - even.high);
-    zero_over(to_odd + odd.high - odd.low, width - odd.high);
-    return true;
+    zero_over(even + two.high[0], width - two.high[0]);
+    zero_over(odd + two.high[1], width - two.high[1]);
   }
   // One phase of a row; source is null for a row of padding.
   void fill_row(const T* source, const Phase& phase, C* to) const {

@@ -5,6 +5,7 @@
 #include "cpu/conv2d_direct.inl"
 #include "cpu/conv2d_implicit_nchw.inl"
 #include "cpu/conv2d_implicit_nhwc.inl"
+#include "cpu/conv2d_pointwise_few.inl"
 
 #include "cpu/conv2d_winograd.inl"
 
@@ -80,6 +81,7 @@ void run_pass(const Conv2dPass<T>& pass, Conv2dAlgorithm algorithm, bool channel
   if (algorithm == Conv2dAlgorithm::Winograd2) return conv2d_winograd<2>(pass, channels_last);
   if (algorithm == Conv2dAlgorithm::Winograd4) return conv2d_winograd<4>(pass, channels_last);
   if (channels_last) return conv2d_implicit_nhwc(pass);
+  if (PointwiseFew<T>::serves(pass)) return conv2d_pointwise_few(pass);
   if (BandNchw<T>::serves(pass)) return conv2d_band_nchw(pass);
   direct || DirectNchw<T>::serves(pass) ? conv2d_direct_nchw(pass) : conv2d_implicit_nchw(pass);
 }
