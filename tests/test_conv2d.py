@@ -97,6 +97,7 @@ PROBLEMS = [
     ((2, 33, 8, 31), 2, 3, 2, 1, 1, 1),
     ((2, 7, 33, 37), 3, 1, 1, 0, 1, 1),  # 1x1 to few channels: two chunks of pixels; groups
     ((1, 10, 3, 5), 8, 1, 1, 0, 1, 2),
+    ((1, 3, 12, 45), 5, 4, 4, 1, 1, 1),  # four phases of a row at once
 ]
 
 

@@ -67,7 +67,9 @@ struct BandNhwc {
   // then wait for its own sums), and the rows of one output row fit L2.
   static bool serves(const Conv2dPass<T>& p) {
     const bool few = p.out <= L;
-    if (p.tap_count == 1 || p.in == 0 || (std::is_same_v<T, C> && p.in > 32 && !few)) return false;
+    if (p.tap_count == 1 || p.in == 0) return false;
+    if (!few && (p.depth() > 512 || (std::is_same_v<T, C> && p.in > 32)))
+      return false;  // a panel of weights stays in L1
     const TapBox box(p);
     return columns(p, box) * p.in * (box.y1 - box.y0 + 1) * int64_t(sizeof(C)) <= (few ? 262144 : kBlock);
   }

@@ -25,7 +25,7 @@ struct PhaseBlock {
   int64_t phase_size = 0, plane = 0;  // elements, for the band in use
   Scratch<Phase> phases;              // those that a tap meets
   Scratch<int64_t> offsets;           // of each (channel, tap)
-  bool pairs;                         // two phases of each row: every second column, and the rest
+  int64_t at_once;                    // phases of one row that are filled together
 
   // `columns` outputs of a row are read, and at least as many are zeros or pixels; `share`: rows share their padding.
   PhaseBlock(const Conv2dPass<T>& pass, int64_t columns, bool share, int64_t channels)
@@ -42,8 +42,10 @@ struct PhaseBlock {
         border = std::min({border, phase.low, width - phase.high});
         phases[phase_count++] = phase;
       }
-    pairs = p.step_w == 2 && phase_count % 2 == 0;
-    for (int64_t i = 0; pairs && i < phase_count; i += 2) pairs = alternate(phases[i], phases[i + 1]);
+    at_once = p.step_w == 2 || p.step_w == 4 ? p.step_w : 1;
+    if (phase_count % at_once) at_once = 1;
+    for (int64_t i = 0; at_once > 1 && i < phase_count; i += at_once)
+      if (RowPhases row; !row_phases(i, row)) at_once = 1;
     pitch = width - (share ? std::min(border, width - columns) : 0);  // no row is shorter than its outputs
   }
 
@@ -52,7 +54,7 @@ struct PhaseBlock {
   }
   void set_band(int64_t channels, int64_t rows) {
     constexpr int64_t kLine = 64 / sizeof(C);
-    phase_size = (rows + reach) * pitch + L;                               // two phases are filled at once
+    phase_size = (rows + reach) * pitch + L;                               // a phase is filled while the next is
     plane = ((phase_count * phase_size + kLine - 1) / kLine | 1) * kLine;  // odd: channels fall on different cache sets
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t t = 0; t < p.tap_count; ++t) offsets[c * p.tap_count + t] = c * plane + offset(p.taps[t]);
@@ -64,20 +66,21 @@ struct PhaseBlock {
   void fill(int64_t image, int64_t first, int64_t channels, int64_t y0, int64_t y1, C* block) const {
     const T* source = p.source + image * p.source_strides.image + first * p.source_strides.channel;
     for (int64_t c = 0; c < channels; ++c, source += p.source_strides.channel)
-      for (int64_t i = 0; i < phase_count; i += pairs ? 2 : 1) {
-        const Phase& phase = phases[i];
+      for (int64_t i = 0; i < phase_count; i += at_once) {
         C* to = block + c * plane + i * phase_size;
-        const TwoPhases two = pairs ? two_phases(phase, phases[i + 1]) : TwoPhases{};
-        int64_t y = y0 * p.step_h + phase.y;
+        RowPhases all{};
+        if (at_once > 1) row_phases(i, all);
+        int64_t y = y0 * p.step_h + phases[i].y;
         for (int64_t row = 0; row < y1 - y0 + reach; ++row, y += p.step_h, to += pitch) {
           const T* from = source + y * p.source_strides.row;
           const bool inside = y >= 0 && y < p.H;
-          if (inside && pairs && from + two.end <= p.source_end) {
-            fill_two(from + two.x, two, to);
-            continue;
+          if (inside && at_once == 2 && from + all.end <= p.source_end) {
+            fill_phases<2>(from + all.x, all, to);
+          } else if (inside && at_once == 4 && from + all.end <= p.source_end) {
+            fill_phases<4>(from + all.x, all, to);
+          } else {
+            for (int64_t j = 0; j < at_once; ++j) fill_row(inside ? from : nullptr, phases[i + j], to + j * phase_size);
           }
-          fill_row(inside ? from : nullptr, phase, to);
-          if (pairs) fill_row(inside ? from : nullptr, phases[i + 1], to + phase_size);
         }
       }
   }
@@ -95,37 +98,48 @@ struct PhaseBlock {
         return i * phase_size + dy / p.step_h * pitch + dx / p.step_w;
     return 0;
   }
-  static bool alternate(const Phase& one, const Phase& other) {
-    return one.y == other.y && std::abs(one.x + 2 * one.low - other.x - 2 * other.low) == 1;
-  }
-  // Both phases of one row, whose pixels alternate.
-  struct TwoPhases {
-    int64_t x, end, count;  // image column of the first pixel, one past the last one read, pixels of the longer phase
-    int64_t low[2], high[2], at[2];  // of the phase that begins first and of the other, and where it lies
+  // All phases of a row whose pixels follow one another in turn, in that order.
+  struct RowPhases {
+    int64_t x, end, count;           // image column of the first pixel, one past the last one read, pixels of a phase
+    int64_t low[4], high[4], at[4];  // columns of each phase inside the image, and where it lies
   };
-  TwoPhases two_phases(const Phase& one, const Phase& other) const {
-    const int64_t x = one.x + 2 * one.low, x_other = other.x + 2 * other.low;
-    const bool swap = x_other < x;
-    const Phase &even = swap ? other : one, &odd = swap ? one : other;
-    const int64_t count = (std::max(even.high - even.low, odd.high - odd.low) + L - 1) / L * L;
-    return {std::min(x, x_other),
-            std::min(x, x_other) + 2 * count,
-            count,
-            {even.low, odd.low},
-            {even.high, odd.high},
-            {swap ? phase_size : 0, swap ? 0 : phase_size}};
-  }
-  void fill_two(const T* from, const TwoPhases& two, C* to) const {
-    C *const even = to + two.at[0], *const odd = to + two.at[1];
-    zero_over(even, two.low[0]);
-    zero_over(odd, two.low[1]);
-    for (int64_t j = 0; j < two.count; j += L) {
-      const Vec<C> a = load(from + 2 * j), b = load(from + 2 * j + L);
-      store(even + two.low[0] + j, every_second<C>(a, b));
-      store(odd + two.low[1] + j, every_second<C, 1>(a, b));
+  // False if the pixels of phases i … do not follow in turn.
+  bool row_phases(int64_t i, RowPhases& row) const {
+    row.x = std::numeric_limits<int64_t>::max(), row.count = 0;
+    for (int64_t j = i; j < i + at_once; ++j) {
+      row.x = std::min(row.x, phases[j].x + p.step_w * phases[j].low);
+      row.count = std::max(row.count, (phases[j].high - phases[j].low + L - 1) / L * L);
     }
-    zero_over(even + two.high[0], width - two.high[0]);
-    zero_over(odd + two.high[1], width - two.high[1]);
+    row.end = row.x + p.step_w * row.count;
+    int64_t found = 0;
+    for (int64_t j = i; j < i + at_once; ++j) {
+      const int64_t turn = phases[j].x + p.step_w * phases[j].low - row.x;
+      if (phases[j].y != phases[i].y || turn >= at_once) return false;
+      row.low[turn] = phases[j].low, row.high[turn] = phases[j].high, row.at[turn] = (j - i) * phase_size;
+      found |= int64_t(1) << turn;
+    }
+    return found == (int64_t(1) << at_once) - 1;
+  }
+  template <int STEP>
+  void fill_phases(const T* from, const RowPhases& row, C* to) const {
+    for (int i = 0; i < STEP; ++i) zero_over(to + row.at[i], row.low[i]);
+    for (int64_t j = 0; j < row.count; j += L, from += STEP * L) {
+      Vec<C> a = load(from), b = load(from + L);
+      auto put = [&](int i, Vec<C> v) { store(to + row.at[i] + row.low[i] + j, v); };
+      if constexpr (STEP == 2) {
+        put(0, every_second<C>(a, b));
+        put(1, every_second<C, 1>(a, b));
+      } else {
+        const Vec<C> c = load(from + 2 * L), d = load(from + 3 * L);
+        const Vec<C> even = every_second<C>(a, b), even2 = every_second<C>(c, d);
+        const Vec<C> odd = every_second<C, 1>(a, b), odd2 = every_second<C, 1>(c, d);
+        put(0, every_second<C>(even, even2));
+        put(1, every_second<C>(odd, odd2));
+        put(2, every_second<C, 1>(even, even2));
+        put(3, every_second<C, 1>(odd, odd2));
+      }
+    }
+    for (int i = 0; i < STEP; ++i) zero_over(to + row.at[i] + row.high[i], width - row.high[i]);
   }
   // One phase of a row; source is null for a row of padding.
   void fill_row(const T* source, const Phase& phase, C* to) const {
