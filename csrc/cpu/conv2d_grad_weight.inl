@@ -5,11 +5,12 @@
 // NHWC: vectors along output channels; row i of the tile is input channel c + i, read for each pixel through the pointer
 // of the tap (float, double) or from a gathered copy (16 bits). grad_output is packed [panel][pixels][NR].
 // Direct (few channels a group): dot products over padded rows (NCHW), sums along spread lanes (NHWC); see
-// conv2d_direct.inl. Depthwise on small images in NCHW: conv2d_depthwise.inl.
+// conv2d_direct.inl. 1x1 in NCHW: conv2d_grad_pointwise.inl. Depthwise on small images in NCHW: conv2d_depthwise.inl.
 //
 // A task owns some of the weights and walks all pixels, block after block: nothing depends on the number of threads.
 #pragma once
 
+#include "cpu/conv2d_grad_pointwise.inl"
 #include "cpu/conv2d_pass.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
@@ -446,6 +447,8 @@ void conv2d_grad_weight(const Conv2dGradWeight<T>& g, Conv2dAlgorithm algorithm,
     std::fill(zeros.data(), zeros.data() + p.in, C(0));
     const GradWeightNhwc<T> kernel(g, zeros);
     for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });
+  } else if (conv2d_grad_pointwise_serves(g)) {
+    conv2d_grad_pointwise(g);
   } else {
     const GradWeightNchw<T> kernel(g);
     for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });
