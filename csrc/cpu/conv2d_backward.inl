@@ -2,11 +2,12 @@
 //
 // input: a convolution of grad_output, gathered. Input pixel y is reached from output (y + pad - r * dilation) / stride
 // where that divides, so each phase of the input's grid (y mod stride_h, x mod stride_w) is one pass of stride 1 with the
-// taps that divide; in and out change places.
+// taps that divide; in and out change places. Few channels a group in NCHW: two phases at once, conv2d_grad_pairs.inl.
 // weight: conv2d_grad_weight.inl. bias: sums over pixels, blocks of fixed size in a fixed order.
 // activation: its derivative times grad_output, once, before both.
 #pragma once
 
+#include "cpu/conv2d_grad_pairs.inl"
 #include "cpu/conv2d_grad_weight.inl"
 #include "cpu/conv2d_pass.inl"
 
@@ -41,36 +42,50 @@ void conv2d_grad_input(const Conv2dBackwardParams& params) {
   if (s.N * s.K * s.OH * s.OW == 0) return;
 
   Scratch<Tap> taps(s.R * s.S);
-  for (int64_t py = 0; py < std::min(s.stride_h, s.H); ++py)
+  // Appends the taps that reach a phase, backwards, so that their pixels ascend.
+  auto list = [&](int64_t py, int64_t px, int64_t count) {
+    for (int64_t r = s.R - 1; r >= 0; --r)
+      for (int64_t c = s.S - 1; c >= 0; --c)
+        if (reaches(py, s.pad_top, r, s.dilation_h, s.stride_h) && reaches(px, s.pad_left, c, s.dilation_w, s.stride_w))
+          taps[count++] = {(py + s.pad_top - r * s.dilation_h) / s.stride_h,
+                           (px + s.pad_left - c * s.dilation_w) / s.stride_w,
+                           r * params.weight_strides.row + c * params.weight_strides.column};
+    return count;
+  };
+  auto pass = [&](int64_t py, int64_t px, int64_t count) {
+    Conv2dPass<T> p{};
+    p.source = static_cast<const T*>(params.grad_output);
+    p.source_strides = from;
+    p.source_end = p.source + extent(from, s.N, s.K, s.OH, s.OW);
+    p.H = s.OH, p.W = s.OW;
+    p.target = grad_input + py * to.row + px * to.column;
+    p.target_strides = {to.image, to.channel, to.row * s.stride_h, to.column * s.stride_w};
+    p.OH = (s.H - py + s.stride_h - 1) / s.stride_h;
+    p.OW = (s.W - px + s.stride_w - 1) / s.stride_w;
+    p.step_h = p.step_w = 1;
+    p.N = s.N, p.groups = s.groups, p.in = s.group_out(), p.out = s.group_in();
+    p.taps = taps, p.tap_count = count;
+    p.weight = static_cast<const T*>(params.weight);
+    p.weight_in = params.weight_strides.image, p.weight_out = params.weight_strides.channel;
+    p.weight_group = p.in * p.weight_in;
+    p.threads = params.threads;
+    return p;
+  };
+  const bool pairs = params.input_algorithm == Conv2dAlgorithm::Direct && !s.channels_last && s.stride_w == 2;
+  for (int64_t py = 0; py < std::min(s.stride_h, s.H); ++py) {
+    if (pairs) {
+      const int64_t even = list(py, 0, 0), all = list(py, 1, even);
+      if (all > 0) conv2d_grad_pairs(pass(py, 0, all), even, s.W);
+      continue;
+    }
     for (int64_t px = 0; px < std::min(s.stride_w, s.W); ++px) {
-      int64_t count = 0;  // backwards, so that the taps' pixels ascend
-      for (int64_t r = s.R - 1; r >= 0; --r)
-        for (int64_t c = s.S - 1; c >= 0; --c)
-          if (reaches(py, s.pad_top, r, s.dilation_h, s.stride_h) &&
-              reaches(px, s.pad_left, c, s.dilation_w, s.stride_w))
-            taps[count++] = {(py + s.pad_top - r * s.dilation_h) / s.stride_h,
-                             (px + s.pad_left - c * s.dilation_w) / s.stride_w,
-                             r * params.weight_strides.row + c * params.weight_strides.column};
+      const int64_t count = list(py, px, 0);
       if (count == 0) continue;
-      Conv2dPass<T> p{};
-      p.source = static_cast<const T*>(params.grad_output);
-      p.source_strides = from;
-      p.source_end = p.source + extent(from, s.N, s.K, s.OH, s.OW);
-      p.H = s.OH, p.W = s.OW;
-      p.target = grad_input + py * to.row + px * to.column;
-      p.target_strides = {to.image, to.channel, to.row * s.stride_h, to.column * s.stride_w};
-      p.OH = (s.H - py + s.stride_h - 1) / s.stride_h;
-      p.OW = (s.W - px + s.stride_w - 1) / s.stride_w;
-      p.step_h = p.step_w = 1;
-      p.N = s.N, p.groups = s.groups, p.in = s.group_out(), p.out = s.group_in();
-      p.taps = taps, p.tap_count = count;
-      p.weight = static_cast<const T*>(params.weight);
-      p.weight_in = params.weight_strides.image, p.weight_out = params.weight_strides.channel;
-      p.weight_group = p.in * p.weight_in;
-      p.threads = params.threads;
+      Conv2dPass<T> p = pass(py, px, count);
       if (params.input_algorithm == Conv2dAlgorithm::Pointwise) flatten(p);
       run_pass(p, params.input_algorithm, s.channels_last);
     }
+  }
 }
 
 template <class T>

@@ -156,8 +156,7 @@ struct DirectNhwc {
     channels = p.groups * p.out;
     padded = (channels + L - 1) / L * L;
     chunk = std::min<int64_t>(padded, 2 * L);
-    const int64_t row_bytes = spread_width() * p.in * chunk * int64_t(sizeof(C));
-    band = std::clamp<int64_t>((131072 / row_bytes - (box.y1 - box.y0)) / p.step_h, 1, std::min<int64_t>(p.OH, 8));
+    band = most_rows(131072, 8);
     regular = (L % p.out == 0 && p.in <= p.out) || (p.out % L == 0 && p.in <= L);
     for (int i = 0; i < L; ++i) lanes[i] = p.out >= L ? 0 : i / p.out * p.in;
   }
@@ -194,6 +193,11 @@ struct DirectNhwc {
   }
 
   // Rows y0 … y1 of `chunk` output channels of any group: the input rows that they need, spread over the lanes.
+  // Rows of outputs whose spread block takes no more than `bytes`.
+  int64_t most_rows(int64_t bytes, int64_t most) const {
+    const int64_t row = spread_width() * p.in * chunk * int64_t(sizeof(C));
+    return std::clamp<int64_t>((bytes / row - (box.y1 - box.y0)) / p.step_h, 1, std::min(p.OH, most));
+  }
   int64_t spread_width() const { return (p.OW - 1) * p.step_w + box.x1 - box.x0 + 1; }
   int64_t spread_rows(int64_t rows) const { return (rows - 1) * p.step_h + box.y1 - box.y0 + 1; }
   int64_t spread_size() const { return spread_rows(band) * spread_width() * p.in * chunk; }
@@ -222,12 +226,24 @@ struct DirectNhwc {
   void spread_block(int64_t image, int64_t y0, int64_t y1, int64_t first, int64_t last, C* to) const {
     const ImageStrides& st = p.source_strides;
     const int64_t width = spread_width(), pixel = p.in * chunk, top = y0 * p.step_h + box.y0;
+    const int64_t reach = (last - 1) / p.out * p.in + p.in + L;  // of a pixel's vector loads
+    int64_t group[2];                                            // first input channel of the groups of each vector
+    for (int i = 0; i < 2; ++i) group[i] = first + i * L < last ? (first + i * L) / p.out * p.in : 0;
     for (int64_t iy = top; iy < top + spread_rows(y1 - y0); ++iy)
       for (int64_t ix = box.x0; ix < box.x0 + width; ++ix, to += pixel) {
-        if (iy < 0 || iy >= p.H || ix < 0 || ix >= p.W)
+        if (iy < 0 || iy >= p.H || ix < 0 || ix >= p.W) {
           std::fill(to, to + pixel, C(0));
+          continue;
+        }
+        const T* from = p.source + image * st.image + iy * st.row + ix * st.column;
+        if (!regular || from + reach > p.source_end)
+          spread_pixel(from, first, last, to);
         else
-          spread_pixel(p.source + image * st.image + iy * st.row + ix * st.column, first, last, to);
+          for (int64_t m = 0; m < chunk; m += L) {
+            const Vec<C> x = load(from + group[m / L]);
+            for (int64_t c = 0; c < p.in; ++c)
+              store(to + c * chunk + m, __builtin_shuffle(x, lanes + static_cast<Bits<C>>(c)));
+          }
       }
   }
 
@@ -242,14 +258,6 @@ struct DirectNhwc {
 
   // Lane m of block c: the input channel c of the group of output channel first + m.
   void spread_pixel(const T* from, int64_t first, int64_t last, C* to) const {
-    if (regular && from + (last - 1) / p.out * p.in + p.in + L <= p.source_end) {
-      for (int64_t m = 0; m < chunk; m += L) {
-        const Vec<C> x = load(from + (first + m < last ? (first + m) / p.out * p.in : 0));
-        for (int64_t c = 0; c < p.in; ++c)
-          store(to + c * chunk + m, __builtin_shuffle(x, lanes + static_cast<Bits<C>>(c)));
-      }
-      return;
-    }
     for (int64_t c = 0; c < p.in; ++c) {
       C* lane = to + c * chunk;
       int64_t group = first / p.out, k = first % p.out;

@@ -330,17 +330,19 @@ struct DirectGradWeightNchw {
   }
 };
 
-// Some output channels, NHWC: the spread block of the forward, up to five (tap, channel) sums at a time.
+// Some output channels, NHWC: the spread block of the forward, up to nine (tap, channel) sums at a time.
 template <class T>
 struct DirectGradWeightNhwc {
   using C = Compute<T>;
   static constexpr int L = kLanes<C>;
   const Conv2dGradWeight<T>& g;
   const Conv2dPass<T>& p;
-  const DirectNhwc<T> geometry;
+  DirectNhwc<T> geometry;
 
   explicit DirectGradWeightNhwc(const Conv2dGradWeight<T>& grad)
-      : g(grad), p(grad.p), geometry(grad.p, nullptr, nullptr) {}
+      : g(grad), p(grad.p), geometry(grad.p, nullptr, nullptr) {
+    geometry.band = geometry.most_rows(131072, p.OH);  // L2; a task walks all bands, so a few large ones
+  }
   int64_t tasks() const { return (geometry.channels + geometry.chunk - 1) / geometry.chunk; }
 
   void run(int64_t task, C* spread, DirectTap<C>* taps, C* sums) const {
@@ -356,7 +358,9 @@ struct DirectGradWeightNhwc {
           for (int64_t d = 0; d < depth;) {
             C* to = sums + d * chunk + k;
             const int64_t cols = last - first - k;
-            if (depth - d >= 5) {
+            if (depth - d >= 9) {
+              add<9>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 9;
+            } else if (depth - d >= 5) {
               add<5>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 5;
             } else if (depth - d >= 2) {
               add<2>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 2;
@@ -375,12 +379,13 @@ struct DirectGradWeightNhwc {
            C* sums) const {
     const ImageStrides& st = p.target_strides;
     const int64_t pixel = p.in * geometry.chunk, row = geometry.spread_width() * pixel;
-    Vec<C> acc[TAPS][2];
-#pragma GCC unroll 5
-    for (int t = 0; t < TAPS; ++t) acc[t][0] = acc[t][1] = zero<C>();
+    constexpr int COPIES = TAPS > 6 ? 1 : 2;  // enough accumulators to hide their latency
+    Vec<C> acc[TAPS][COPIES];
+#pragma GCC unroll 9
+    for (int t = 0; t < TAPS; ++t) acc[t][0] = acc[t][COPIES - 1] = zero<C>();
     auto one = [&](const T* grad, const C* x, int which) {
       const Vec<C> dy = cols >= L ? load(grad) : load_first(grad, cols);
-#pragma GCC unroll 5
+#pragma GCC unroll 9
       for (int t = 0; t < TAPS; ++t) acc[t][which] = fma(dy, load(x + taps[t].offset), acc[t][which]);
     };
     for (int64_t y = y0; y < y1; ++y) {
@@ -389,14 +394,14 @@ struct DirectGradWeightNhwc {
       int64_t i = 0;
       for (; i + 2 <= p.OW; i += 2) {
         one(grad + i * st.column, x + i * p.step_w * pixel, 0);
-        one(grad + (i + 1) * st.column, x + (i + 1) * p.step_w * pixel, 1);
+        one(grad + (i + 1) * st.column, x + (i + 1) * p.step_w * pixel, COPIES - 1);
       }
       if (i < p.OW) one(grad + i * st.column, x + i * p.step_w * pixel, 0);
     }
-#pragma GCC unroll 5
+#pragma GCC unroll 9
     for (int t = 0; t < TAPS; ++t) {
       C* to = sums + t * geometry.chunk;
-      store(to, load(to) + acc[t][0] + acc[t][1]);
+      store(to, load(to) + (COPIES == 2 ? acc[t][0] + acc[t][1] : acc[t][0]));
     }
   }
 };

@@ -115,6 +115,17 @@ FASTNN_INLINE Vec<Compute<T>> load_even(const T* from) {
   return every_second<Compute<T>>(load(from), load(from + kLanes<Compute<T>>));
 }
 
+// a0 b0 a1 b1 …, the first or the second vector of them.
+template <class C, bool HIGH, int... LANE>
+FASTNN_INLINE Vec<C> pairs(Vec<C> a, Vec<C> b, std::integer_sequence<int, LANE...>) {
+  constexpr int L = kLanes<C>;
+  return __builtin_shuffle(a, b, Vec<Bits<C>>{static_cast<Bits<C>>((LANE + (HIGH ? L : 0)) / 2 + LANE % 2 * L)...});
+}
+template <class C, bool HIGH>
+FASTNN_INLINE Vec<C> pairs(Vec<C> a, Vec<C> b) {
+  return pairs<C, HIGH>(a, b, std::make_integer_sequence<int, kLanes<C>>{});
+}
+
 // Rows of weights, [out][in][taps] for each group, in compute type: the weights as they lie where that is their order,
 // else a copy.
 //

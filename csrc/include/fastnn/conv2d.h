@@ -63,8 +63,11 @@ struct WinogradCost {
 inline constexpr WinogradCost kWinogradCosts[] = {{2, 120, 110, 10}, {4, 320, 270, 12}};
 inline constexpr double kWeightCost = 8;
 
+// The direct sum is a GEMM whose tiles are 16 pixels wide in NCHW, and its patches are gathered for all outputs at once,
+// which costs as much as three more of them.
 inline double direct_cost(const Conv2dShape& s) {
-  return 9.0 * s.group_in() * s.group_out() * (static_cast<double>(s.N) * s.OH * s.OW + kWeightCost);
+  const int64_t width = s.channels_last ? 1 : 16, pixels = (s.N * s.OH * s.OW + width - 1) / width * width;
+  return 9.0 * s.group_in() * (s.group_out() + 3) * (static_cast<double>(pixels) + kWeightCost);
 }
 inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool frozen) {
   const int64_t rows = f.m * s.dilation_h, columns = f.m * s.dilation_w;  // that tiles share
@@ -81,7 +84,8 @@ inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool fr
 inline Conv2dAlgorithm conv2d_algorithm(const Conv2dShape& s, bool winograd, bool frozen) {
   const bool few = s.groups > 1 && s.group_in() <= 8 && s.group_out() <= (s.channels_last ? 4 : 8);
   if (few) return Conv2dAlgorithm::Direct;
-  if (winograd && s.winograd() && s.group_in() >= 16 && s.group_out() >= 16) {
+  const int64_t fewest = s.channels_last ? 8 : 16;  // channels; fewer run in bands of padded rows, which NCHW does as fast
+  if (winograd && s.winograd() && s.group_in() >= fewest && s.group_out() >= fewest) {
     const double two = winograd_cost(s, kWinogradCosts[0], frozen), four = winograd_cost(s, kWinogradCosts[1], frozen);
     if (std::min(two, four) < 0.8 * direct_cost(s))
       return four < two ? Conv2dAlgorithm::Winograd4 : Conv2dAlgorithm::Winograd2;
