@@ -98,6 +98,15 @@ PROBLEMS = [
     ((2, 7, 33, 37), 3, 1, 1, 0, 1, 1),  # 1x1 to few channels: two chunks of pixels; groups
     ((1, 10, 3, 5), 8, 1, 1, 0, 1, 2),
     ((1, 3, 12, 45), 5, 4, 4, 1, 1, 1),  # four phases of a row at once
+    ((2, 13, 19, 15), 21, 3, 1, 1, 1, 1),  # the weight's gradient as a GEMM: two blocks of pixels, images in one panel
+    ((3, 40, 7, 7), 30, 1, 1, 0, 1, 1),
+    ((2, 64, 9, 9), 64, 3, 2, 1, 1, 2),
+    ((1, 1, 21, 12), 19, (7, 9), (1, 2), (3, 0), 1, 1),
+    ((1, 27, 7, 9), 45, 3, 1, 1, 1, 9),  # groups that share what is worked out for a tap
+    ((2, 5, 8, 9), 40, 5, 1, 2, 1, 1),
+    ((1, 4, 30, 33), 40, 4, 4, 0, 1, 1),  # windows apart: some pixels in none; gaps between them, images in one tile
+    ((3, 3, 13, 11), 9, (4, 5), (5, 6), (1, 2), 1, 1),
+    ((2, 20, 8, 5), 35, (2, 1), (3, 1), 0, 1, 1),
 ]
 
 
@@ -253,7 +262,7 @@ def test_the_choice_of_algorithm():
         return _C._conv2d_algorithm(x, w, stride, [kernel // 2] * 4, (1, 1), groups)
 
     assert chosen(16, 32, 1) == "pointwise"
-    assert chosen(16, 32, 1, stride=(2, 2)) == chosen(16, 32, 3) == chosen(64, 64, 3, 2) == "implicit"
+    assert chosen(16, 32, 1, stride=(2, 2)) == chosen(8, 8, 3) == chosen(64, 64, 3, 2) == "implicit"
     assert chosen(16, 16, 3, 16) == chosen(16, 32, 3, 16) == chosen(32, 32, 3, 8) == "direct"
     assert chosen(32, 32, 3, 8, layout="channels_last") == "direct"
     assert chosen(32, 64, 3, 8, layout="channels_last") == "implicit"  # eight output channels fill a vector

@@ -3,11 +3,13 @@
 // input: a convolution of grad_output, gathered. Input pixel y is reached from output (y + pad - r * dilation) / stride
 // where that divides, so each phase of the input's grid (y mod stride_h, x mod stride_w) is one pass of stride 1 with the
 // taps that divide; in and out change places. Few channels a group in NCHW: two phases at once, conv2d_grad_pairs.inl.
+// Windows that do not overlap: conv2d_grad_patches.inl.
 // weight: conv2d_grad_weight.inl. bias: sums over pixels, blocks of fixed size in a fixed order.
 // activation: its derivative times grad_output, once, before both.
 #pragma once
 
 #include "cpu/conv2d_grad_pairs.inl"
+#include "cpu/conv2d_grad_patches.inl"
 #include "cpu/conv2d_grad_weight.inl"
 #include "cpu/conv2d_pass.inl"
 
@@ -23,6 +25,9 @@ void conv2d_grad_input(const Conv2dBackwardParams& params) {
   if (size == 0) return;
   const ImageStrides from = dense_strides(s.K, s.OH, s.OW, s.channels_last);
   const ImageStrides to = dense_strides(s.C, s.H, s.W, s.channels_last);
+  if (params.input_algorithm == Conv2dAlgorithm::Implicit && s.N * s.K * s.OH * s.OW > 0 &&
+      conv2d_grad_patches_serves(s, params.weight_strides))
+    return conv2d_grad_patches<T>(params, from, to);
   // taps[phase of rows] and of columns: how many r (s) reach it.
   auto reaches = [](int64_t phase, int64_t pad, int64_t r, int64_t dilation, int64_t stride) {
     return modulo(phase + pad - r * dilation, stride) == 0;

@@ -1,6 +1,7 @@
 // Convolution without a GEMM, for groups of few channels: depthwise, with a depth multiplier, and its gradient.
 //
-// NCHW: vectors along the pixels of a row, read from a padded block in L1 (conv2d_block.inl). A tile is 1x8 … 8x1 vectors of output rows x columns, 8 accumulators.
+// NCHW: vectors along the pixels of a row, read from a padded block in L1 (conv2d_block.inl). A tile is 1x8 … 8x1
+// vectors of output rows x columns, 8 accumulators.
 // NHWC: vectors along output channels, a tile is 4 pixels x 2 vectors. Depthwise reads the input where it lies, with the
 // taps that fall outside dropped from the list (per row, and per pixel at the left and right border). Other groups
 // first spread a band of rows so that lane k holds the input channel of output channel k, once for each channel a group.

@@ -1,16 +1,15 @@
 // Gradient of the weight: for each group [out, pixels] x [pixels, in * taps], summed over the pixels of all images.
 //
-// NCHW: both operands are rows along pixels, so the tile is 3 x 4 dot products with vector accumulators, reduced once a
-// block of pixels. Rows of patches are gathered by the pieces of the forward, for a block of pixels at a time.
-// NHWC: vectors along output channels; row i of the tile is input channel c + i, read for each pixel through the pointer
-// of the tap (float, double) or from a gathered copy (16 bits). grad_output is packed [panel][pixels][NR].
-// Direct (few channels a group): dot products over padded rows (NCHW), sums along spread lanes (NHWC); see
-// conv2d_direct.inl. 1x1 in NCHW: conv2d_grad_pointwise.inl. Depthwise on small images in NCHW: conv2d_depthwise.inl.
+// NCHW: a GEMM (conv2d_grad_gemm.inl), or dot products where there are few weights: both operands are rows along pixels,
+// the tile is 3 x 4 vector accumulators, reduced once a block of pixels. NHWC: conv2d_grad_nhwc.inl.
+// Direct (few channels a group): dot products over padded rows (NCHW), sums along spread lanes (NHWC), see
+// conv2d_direct.inl; depthwise on small images in NCHW: conv2d_depthwise.inl.
 //
 // A task owns some of the weights and walks all pixels, block after block: nothing depends on the number of threads.
 #pragma once
 
-#include "cpu/conv2d_grad_pointwise.inl"
+#include "cpu/conv2d_grad_gemm.inl"
+#include "cpu/conv2d_grad_nhwc.inl"
 #include "cpu/conv2d_pass.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
@@ -120,123 +119,6 @@ struct GradWeightNchw {
       x += n;
     }
     std::fill(to + cols, to + width, C(0));
-  }
-};
-
-// ---- NHWC, outer products ------------------------------------------------------------------------------------------
-
-template <class T>
-struct GradWeightNhwc {
-  using C = Compute<T>;
-  static constexpr int L = kLanes<C>, NR = kNR<C>;
-  static constexpr int64_t kPixels = 256, kPanels = 4;
-  const Conv2dGradWeight<T>& g;
-  const Conv2dPass<T>& p;
-  const C* zeros;
-  int64_t pixels, panels, parts, splits;
-
-  GradWeightNhwc(const Conv2dGradWeight<T>& grad, const C* zero_pixel) : g(grad), p(grad.p), zeros(zero_pixel) {
-    pixels = p.N * p.OH * p.OW;
-    panels = (p.out + NR - 1) / NR;
-    parts = (panels + kPanels - 1) / kPanels;
-    splits = 1;
-    if (p.threads > 1 && parts * p.groups < 2 * p.threads)
-      splits = std::clamp<int64_t>((2 * p.threads + parts * p.groups - 1) / (parts * p.groups), 1,
-                                   (p.in + 2 * kTileRows - 1) / (2 * kTileRows));
-  }
-  int64_t tasks() const { return p.groups * parts * splits; }
-
-  void run(int64_t task) const {
-    const int64_t group = task / (parts * splits), part = task / splits % parts, split = task % splits;
-    const int64_t panel0 = part * kPanels, panel1 = std::min(panel0 + kPanels, panels);
-    const int64_t c0 = p.in * split / splits, c1 = p.in * (split + 1) / splits;
-    if (c0 >= c1 || panel0 >= panel1) return;
-    const int64_t wide = (panel1 - panel0) * NR, depth = c1 - c0;
-    constexpr bool in_place = std::is_same_v<T, C>;
-    Scratch<C> sums(p.tap_count * depth * wide), grads(wide * kPixels), copies(in_place ? 0 : kPixels * depth);
-    Scratch<const C*> pointers(kPixels);
-    std::fill(sums.data(), sums.data() + p.tap_count * depth * wide, C(0));
-    const EvenRows even(depth);
-    for (int64_t q = 0; q < pixels; q += kPixels) {
-      const int64_t n = std::min(kPixels, pixels - q);
-      for (int64_t panel = panel0; panel < panel1; ++panel) {
-        const int64_t m = panel * NR;
-        pack_panel<NR>(g.grad + q * p.target_strides.column + group * p.out + m, 1, p.target_strides.column,
-                       std::min<int64_t>(NR, p.out - m), n, grads + (panel - panel0) * NR * kPixels);
-      }
-      for (int64_t t = 0; t < p.tap_count; ++t) {
-        point(q, n, t, group * p.in + c0, depth, pointers, copies);
-        for (int64_t panel = panel0; panel < panel1; ++panel) {
-          const C* b = grads + (panel - panel0) * NR * kPixels;
-          for (int64_t tile = 0; tile < even.tiles; ++tile) {
-            const int64_t c = even.begin(tile);
-            C* to = sums + (t * depth + c) * wide + (panel - panel0) * NR;
-            with_exact_rows(even.begin(tile + 1) - c, [&](auto h) {
-              if (p.out - panel * NR <= L)
-                tile_sums<decltype(h)::value, 1>(pointers, c, n, b, to, wide);
-              else
-                tile_sums<decltype(h)::value, 2>(pointers, c, n, b, to, wide);
-            });
-          }
-        }
-      }
-    }
-    for (int64_t k = panel0 * NR; k < std::min(panel1 * NR, p.out); ++k)
-      for (int64_t c = c0; c < c1; ++c)
-        for (int64_t t = 0; t < p.tap_count; ++t)
-          g.put(group, k, c, t, sums[(t * depth + c - c0) * wide + k - panel0 * NR]);
-  }
-
-  // Where channel `channel` of each of n pixels lies under tap t.
-  void point(int64_t q, int64_t n, int64_t t, int64_t channel, int64_t depth, const C** pointers, C* copies) const {
-    const ImageStrides& st = p.source_strides;
-    int64_t image = q / (p.OH * p.OW), rest = q % (p.OH * p.OW), y = rest / p.OW, x = rest % p.OW;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t iy = y * p.step_h + p.taps[t].dy, ix = x * p.step_w + p.taps[t].dx;
-      pointers[i] = zeros;
-      if (iy >= 0 && iy < p.H && ix >= 0 && ix < p.W) {
-        const T* from = p.source + image * st.image + iy * st.row + ix * st.column + channel;
-        if constexpr (std::is_same_v<T, C>) {
-          pointers[i] = from;
-        } else {
-          copy_run(copies + i * depth, from, depth);
-          pointers[i] = copies + i * depth;
-        }
-      }
-      if (++x == p.OW) {
-        x = 0;
-        if (++y == p.OH) y = 0, ++image;
-      }
-    }
-  }
-
-  template <int ROWS, int VECTORS>
-  static void tile_sums(const C* const* pointers, int64_t c, int64_t n, const C* __restrict b, C* sums,
-                        int64_t stride) {
-    Vec<C> acc[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) acc[i][j] = zero<C>();
-    for (int64_t q = 0; q < n; ++q, b += NR) {
-      const C* pixel = pointers[q] + c;
-      Vec<C> column[VECTORS];
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) column[j] = load(b + j * L);
-#pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const Vec<C> x = splat<C>(pixel[i]);
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; ++j) acc[i][j] = fma(x, column[j], acc[i][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < VECTORS; ++j) {
-        C* to = sums + i * stride + j * L;
-        store(to, load(to) + acc[i][j]);
-      }
   }
 };
 
@@ -381,8 +263,8 @@ struct DirectGradWeightNhwc {
     const int64_t pixel = p.in * geometry.chunk, row = geometry.spread_width() * pixel;
     constexpr int COPIES = TAPS > 6 ? 1 : 2;  // enough accumulators to hide their latency
     Vec<C> acc[TAPS][COPIES];
-#pragma GCC unroll 9
-    for (int t = 0; t < TAPS; ++t) acc[t][0] = acc[t][COPIES - 1] = zero<C>();
+#pragma GCC unroll 10
+    for (int t = 0; t < TAPS * COPIES; ++t) acc[t / COPIES][t % COPIES] = zero<C>();
     auto one = [&](const T* grad, const C* x, int which) {
       const Vec<C> dy = cols >= L ? load(grad) : load_first(grad, cols);
 #pragma GCC unroll 9
@@ -448,12 +330,10 @@ void conv2d_grad_weight(const Conv2dGradWeight<T>& g, Conv2dAlgorithm algorithm,
       loop([&](int64_t task) { kernel.run(task, block, rows, sums); });
     });
   } else if (channels_last) {
-    Scratch<C> zeros(p.in);
-    std::fill(zeros.data(), zeros.data() + p.in, C(0));
-    const GradWeightNhwc<T> kernel(g, zeros);
+    const GradWeightNhwc<T> kernel(g);
     for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });
-  } else if (conv2d_grad_pointwise_serves(g)) {
-    conv2d_grad_pointwise(g);
+  } else if (conv2d_grad_gemm_serves(g)) {
+    conv2d_grad_gemm(g);
   } else {
     const GradWeightNchw<T> kernel(g);
     for_each_task(kernel.tasks(), threads, [&](int64_t task) { kernel.run(task); });

@@ -84,6 +84,7 @@ inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64
   if (row_stride == 1) {
     for (int64_t k = 0; k < depth; ++k) {
       int64_t i = 0;
+      for (; i + L <= rows; i += L) store(dst + k * WIDTH + i, load(src + k * k_stride + i));
       for (; i < rows; ++i) dst[k * WIDTH + i] = load_one(src + k * k_stride + i);
       for (; i < WIDTH; ++i) dst[k * WIDTH + i] = C(0);
     }

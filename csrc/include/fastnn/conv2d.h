@@ -55,26 +55,28 @@ struct Conv2dShape {
 
 // What F(m x m, 3 x 3) costs in place of the direct sum, in multiply-adds that a core does in the same time (measured on
 // AVX2): the products, with tiles that reach over the edge; the transforms, for each tile and channel; and what each
-// element of the filter costs once a call, to be read from memory or, where it is not packed before, to be made.
+// element of the filter costs once a call, to be read from memory or, where it is not packed before, to be made:
+// `filter`, and `written` more where all of it is more than a cache holds.
 struct WinogradCost {
   int64_t m;
-  double input, output, filter;
+  double input, output, filter, written;
 };
-inline constexpr WinogradCost kWinogradCosts[] = {{2, 120, 110, 10}, {4, 320, 270, 12}};
-inline constexpr double kWeightCost = 8;
+inline constexpr WinogradCost kWinogradCosts[] = {{2, 120, 110, 12, 18}, {4, 320, 270, 14, 5}};
+inline constexpr double kWeightCost = 8, kCacheBytes = 4 << 20;
 
-// The direct sum is a GEMM whose tiles are 16 pixels wide in NCHW, and its patches are gathered for all outputs at once,
-// which costs as much as three more of them.
+// Patches are gathered for all outputs at once, which costs as much as some more of them: in NCHW, where they are packed,
+// twice as many.
 inline double direct_cost(const Conv2dShape& s) {
-  const int64_t width = s.channels_last ? 1 : 16, pixels = (s.N * s.OH * s.OW + width - 1) / width * width;
-  return 9.0 * s.group_in() * (s.group_out() + 3) * (static_cast<double>(pixels) + kWeightCost);
+  const int64_t gather = s.channels_last ? 3 : 6;
+  return 9.0 * s.group_in() * (s.group_out() + gather) * (static_cast<double>(s.N) * s.OH * s.OW + kWeightCost);
 }
 inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool frozen) {
   const int64_t rows = f.m * s.dilation_h, columns = f.m * s.dilation_w;  // that tiles share
   const double tiles = static_cast<double>(s.N) * ((s.OH + rows - 1) / rows * s.dilation_h) *
                        ((s.OW + columns - 1) / columns * s.dilation_w);
   const double in = s.group_in(), out = s.group_out(), points = (f.m + 2) * (f.m + 2);
-  return points * in * out * (tiles + (frozen ? kWeightCost : f.filter)) + tiles * (in * f.input + out * f.output);
+  const double made = f.filter + (4 * points * in * out > kCacheBytes ? f.written : 0);
+  return points * in * out * (tiles + (frozen ? kWeightCost : made)) + tiles * (in * f.input + out * f.output);
 }
 
 // The rule that chooses, in one place; the number of threads has no say in it. A group with few channels leaves a GEMM
@@ -84,7 +86,8 @@ inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool fr
 inline Conv2dAlgorithm conv2d_algorithm(const Conv2dShape& s, bool winograd, bool frozen) {
   const bool few = s.groups > 1 && s.group_in() <= 8 && s.group_out() <= (s.channels_last ? 4 : 8);
   if (few) return Conv2dAlgorithm::Direct;
-  const int64_t fewest = s.channels_last ? 8 : 16;  // channels; fewer run in bands of padded rows, which NCHW does as fast
+  const int64_t fewest =
+      s.channels_last ? 8 : 16;  // channels; fewer run in bands of padded rows, which NCHW does as fast
   if (winograd && s.winograd() && s.group_in() >= fewest && s.group_out() >= fewest) {
     const double two = winograd_cost(s, kWinogradCosts[0], frozen), four = winograd_cost(s, kWinogradCosts[1], frozen);
     if (std::min(two, four) < 0.8 * direct_cost(s))
