@@ -262,9 +262,10 @@ def test_the_choice_of_algorithm():
         return _C._conv2d_algorithm(x, w, stride, [kernel // 2] * 4, (1, 1), groups)
 
     assert chosen(16, 32, 1) == "pointwise"
-    assert chosen(16, 32, 1, stride=(2, 2)) == chosen(8, 8, 3) == chosen(64, 64, 3, 2) == "implicit"
+    assert chosen(16, 32, 1, stride=(2, 2)) == chosen(8, 8, 3) == chosen(40, 40, 3, 4) == "implicit"
     assert chosen(16, 16, 3, 16) == chosen(16, 32, 3, 16) == chosen(32, 32, 3, 8) == "direct"
     assert chosen(32, 32, 3, 8, layout="channels_last") == "direct"
+    assert chosen(64, 64, 3) == chosen(64, 64, 3, 2) == "winograd2"
     assert chosen(32, 64, 3, 8, layout="channels_last") == "implicit"  # eight output channels fill a vector
     with pytest.raises(
         ValueError, match="must be one of pointwise, implicit, direct, winograd2, winograd4, linear; got 'fft'"
@@ -684,7 +685,7 @@ def test_frozen_weights_are_packed_once_and_never_stale():
 def test_packed_weights_give_the_same_bits(isa):
     for dtype, layout, algorithm in itertools.product(testing.DTYPES, LAYOUTS, (None, "implicit", "direct")):
         for size, k, kernel, *geometry in PROBLEMS:
-            with forced(isa, algorithm):
+            with forced(isa, algorithm), direct_sums():
                 x, w, b = make(*size, k, kernel, geometry[-1], dtype, layout)
                 packed = ops.conv2d_pack(w, geometry[-1], layout == "channels_last")
                 plain, frozen = conv2d(x, w, b, *geometry), conv2d(x, w, b, *geometry, packed=packed)

@@ -66,7 +66,6 @@ CONV2D_OVER = {
     "unet.first",
     "unet.3x3.128",
     "deeplab.depthwise.dilated",
-    "deepspeech.conv",
 }
 OVER: dict[tuple, set[str]] = {
     ("conv2d", "backward", "float32", "contiguous_format"): CONV2D_OVER,
