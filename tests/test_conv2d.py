@@ -101,7 +101,7 @@ PROBLEMS = [
     ((2, 13, 19, 15), 21, 3, 1, 1, 1, 1),  # the weight's gradient as a GEMM: two blocks of pixels, images in one panel
     ((3, 40, 7, 7), 30, 1, 1, 0, 1, 1),
     ((2, 64, 9, 9), 64, 3, 2, 1, 1, 2),
-    ((1, 1, 21, 12), 19, (7, 9), (1, 2), (3, 0), 1, 1),
+    ((1, 2, 21, 12), 19, (7, 9), (1, 2), (3, 0), 1, 1),
     ((1, 27, 7, 9), 45, 3, 1, 1, 1, 9),  # groups that share what is worked out for a tap
     ((2, 5, 8, 9), 40, 5, 1, 2, 1, 1),
     ((1, 4, 30, 33), 40, 4, 4, 0, 1, 1),  # windows apart: some pixels in none; gaps between them, images in one tile
