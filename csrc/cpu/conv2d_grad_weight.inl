@@ -212,7 +212,9 @@ struct DirectGradWeightNchw {
   }
 };
 
-// Some output channels, NHWC: the spread block of the forward, up to nine (tap, channel) sums at a time.
+// Some output channels, NHWC: the spread block of the forward, up to nine (tap, channel) sums at a time. A task has some
+// chunks of channels, one after the other under each band: their pixels' cache lines lie beside one another, and an image
+// of 5 MiB is read in half to two thirds of the time that chunk after chunk takes.
 template <class T>
 struct DirectGradWeightNhwc {
   using C = Compute<T>;
@@ -220,40 +222,53 @@ struct DirectGradWeightNhwc {
   const Conv2dGradWeight<T>& g;
   const Conv2dPass<T>& p;
   DirectNhwc<T> geometry;
+  int64_t own;  // channels of a task
 
   explicit DirectGradWeightNhwc(const Conv2dGradWeight<T>& grad)
       : g(grad), p(grad.p), geometry(grad.p, nullptr, nullptr) {
     geometry.band = geometry.most_rows(131072, p.OH);  // L2; a task walks all bands, so a few large ones
+    const int64_t chunks = (geometry.channels + geometry.chunk - 1) / geometry.chunk;
+    own = geometry.chunk * std::clamp<int64_t>(chunks / (2 * p.threads), 1, 8);
   }
-  int64_t tasks() const { return (geometry.channels + geometry.chunk - 1) / geometry.chunk; }
+  int64_t tasks() const { return (geometry.channels + own - 1) / own; }
+  int64_t sums_size() const { return p.depth() * own; }
 
+  // sums: [chunks][in * taps][chunk].
   void run(int64_t task, C* spread, DirectTap<C>* taps, C* sums) const {
-    const int64_t first = task * geometry.chunk, last = std::min(first + geometry.chunk, geometry.channels);
+    const int64_t begin = task * own, end = std::min(begin + own, geometry.channels);
     const int64_t depth = p.depth(), chunk = geometry.chunk;
-    std::fill(sums, sums + depth * chunk, C(0));
+    std::fill(sums, sums + sums_size(), C(0));
     geometry.list_taps(taps);
     for (int64_t image = 0; image < p.N; ++image)
-      for (int64_t y0 = 0; y0 < p.OH; y0 += geometry.band) {
-        const int64_t y1 = std::min(y0 + geometry.band, p.OH);
-        geometry.spread_block(image, y0, y1, first, last, spread);
-        for (int64_t k = 0; k < last - first; k += L)
-          for (int64_t d = 0; d < depth;) {
-            C* to = sums + d * chunk + k;
-            const int64_t cols = last - first - k;
-            if (depth - d >= 9) {
-              add<9>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 9;
-            } else if (depth - d >= 5) {
-              add<5>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 5;
-            } else if (depth - d >= 2) {
-              add<2>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 2;
-            } else {
-              add<1>(image, y0, y1, first + k, cols, spread + k, taps + d, to), d += 1;
-            }
-          }
-      }
-    for (int64_t k = first; k < last; ++k)
+      for (int64_t y0 = 0; y0 < p.OH; y0 += geometry.band)
+        for (int64_t first = begin; first < end; first += chunk) {
+          const int64_t y1 = std::min(y0 + geometry.band, p.OH), last = std::min(first + chunk, end);
+          geometry.spread_block(image, y0, y1, first, last, spread);
+          for (int64_t k = first; k < last; k += L)
+            add_all(image, y0, y1, k, last - k, spread + k - first, taps, sums + (first - begin) * depth + k - first);
+        }
+    for (int64_t k = begin; k < end; ++k) {
+      const C* const from = sums + (k - begin) / chunk * chunk * depth + (k - begin) % chunk;
       for (int64_t t = 0; t < p.tap_count; ++t)
-        for (int64_t c = 0; c < p.in; ++c) g.put(k / p.out, k % p.out, c, t, sums[(t * p.in + c) * chunk + k - first]);
+        for (int64_t c = 0; c < p.in; ++c) g.put(k / p.out, k % p.out, c, t, from[(t * p.in + c) * chunk]);
+    }
+  }
+
+  void add_all(int64_t image, int64_t y0, int64_t y1, int64_t k, int64_t cols, const C* spread,
+               const DirectTap<C>* taps, C* sums) const {
+    for (int64_t d = 0; d < p.depth();) {
+      const int64_t left = p.depth() - d;
+      C* const to = sums + d * geometry.chunk;
+      if (left >= 9) {
+        add<9>(image, y0, y1, k, cols, spread, taps + d, to), d += 9;
+      } else if (left >= 5) {
+        add<5>(image, y0, y1, k, cols, spread, taps + d, to), d += 5;
+      } else if (left >= 2) {
+        add<2>(image, y0, y1, k, cols, spread, taps + d, to), d += 2;
+      } else {
+        add<1>(image, y0, y1, k, cols, spread, taps + d, to), d += 1;
+      }
+    }
   }
 
   template <int TAPS>
@@ -312,7 +327,7 @@ void conv2d_grad_weight(const Conv2dGradWeight<T>& g, Conv2dAlgorithm algorithm,
   } else if (algorithm == Conv2dAlgorithm::Direct && channels_last) {
     const DirectGradWeightNhwc<T> kernel(g);
     each_task(kernel.tasks(), [&](const auto& loop) {
-      Scratch<C> spread(kernel.geometry.spread_size()), sums(p.depth() * kernel.geometry.chunk);
+      Scratch<C> spread(kernel.geometry.spread_size()), sums(kernel.sums_size());
       Scratch<DirectTap<C>> taps(p.depth());
       loop([&](int64_t task) { kernel.run(task, spread, taps, sums); });
     });
