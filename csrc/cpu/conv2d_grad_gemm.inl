@@ -57,17 +57,11 @@ struct PatchColumns {
   }
   void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* to) const {
     const int64_t first = n0 / p.tap_count, last = (n0 + cols + p.tap_count - 1) / p.tap_count;
-    const int64_t width = (depth + NR - 1) / NR * NR;
-    const int64_t most_runs = std::min(width, width / std::min(p.OW, NR) + width / p.OW + 2);
-    Scratch<C> rows((last - first) * p.tap_count * width + NR);
-    Scratch<PixelRun> runs(most_runs);
-    Scratch<Piece> pieces(most_pieces(p.tap_count, most_runs, width, NR));
-    const int count = split_pixels(k0, depth, p.OH, p.OW, NR, runs);
-    int64_t farthest;
-    const int64_t n = plan_pieces(p, runs.data(), count, depth, width, pieces.data(), farthest);
-    gather_panel(p, source + first * p.source_strides.channel, last - first, pieces.data(), n, farthest, width,
-                 rows.data());
-    const C* from = rows + (n0 - first * p.tap_count) * width;
+    const PatchRows<T> patches(p, (depth + NR - 1) / NR * NR);
+    const Scratch<C> rows(patches.size(last - first));
+    patches.gather(source + first * p.source_strides.channel, last - first, k0, depth, rows.data());
+    const int64_t width = patches.width;
+    const C* from = rows.data() + (n0 - first * p.tap_count) * width;
     for (int64_t j = 0; j < cols; j += NR)
       pack_panel<NR>(from + j * width, width, 1, std::min(NR, cols - j), depth, to + j * depth);
   }

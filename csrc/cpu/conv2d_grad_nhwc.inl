@@ -4,7 +4,7 @@
 //
 // With few input channels the taps of a row are one tap of as many channels as their pixels have together: a stem's
 // 7 x 7 x 3 are 7 taps of 21. Groups with few output channels share the pointers.
-// FMA-bound; groups of 8 channels fill one vector, and the splats of its rows take as long as the products.
+// FMA-bound; groups of 8 channels fill one vector, and each product then loads a splat of its own.
 #pragma once
 
 #include "cpu/conv2d_tile.inl"

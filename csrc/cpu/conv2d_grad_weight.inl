@@ -76,18 +76,12 @@ struct GradWeightNchw {
     const int64_t m0 = p.out * split / splits, m1 = p.out * (split + 1) / splits;
     if (c0 >= c1 || m0 >= m1) return;
     const int64_t columns = (c1 - c0) * p.tap_count;
-    Scratch<C> patches(columns * width + NR), rows(kRows * width + NR), sums((m1 - m0) * columns);
-    Scratch<PixelRun> runs(width);
-    const int64_t most_runs = std::min(width, width / std::min<int64_t>(p.OW, NR) + width / p.OW + 2);
-    Scratch<Piece> pieces(most_pieces(p.tap_count, most_runs, width, NR));
+    const PatchRows<T> gathered(p, width);
+    Scratch<C> patches(gathered.size(c1 - c0)), rows(kRows * width + NR), sums((m1 - m0) * columns);
     std::fill(sums.data(), sums.data() + (m1 - m0) * columns, C(0));
     for (int64_t q = 0; q < pixels; q += width) {
       const int64_t cols = std::min(width, pixels - q);
-      const int count = split_pixels(q, cols, p.OH, p.OW, NR, runs);
-      int64_t farthest;
-      const int64_t n = plan_pieces(p, runs.data(), count, cols, width, pieces.data(), farthest);
-      gather_panel(p, p.source + (group * p.in + c0) * p.source_strides.channel, c1 - c0, pieces.data(), n, farthest,
-                   width, patches.data());
+      gathered.gather(p.source + (group * p.in + c0) * p.source_strides.channel, c1 - c0, q, cols, patches);
       for (int64_t m = m0; m < m1; m += kRows) {
         const int64_t height = std::min(kRows, m1 - m);
         for (int64_t i = 0; i < height; ++i) gather_grad(q, cols, group * p.out + m + i, rows + i * width);

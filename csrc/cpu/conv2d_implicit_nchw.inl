@@ -123,6 +123,34 @@ void gather_panel(const Conv2dPass<T>& p, const T* source, int64_t channels, con
   gather_columns<0>(p, source, channels, pieces, count, farthest, width, panel);
 }
 
+// Rows of patches, [channels][taps][width], of up to `width` pixels of all images: for the gradients of the weight.
+template <class T>
+struct PatchRows {
+  using C = Compute<T>;
+  static constexpr int64_t NR = kNR<C>;
+  const Conv2dPass<T>& p;
+  int64_t width, most_runs;
+  Scratch<PixelRun> runs;
+  Scratch<Piece> pieces;
+
+  // width: a whole number of NR.
+  PatchRows(const Conv2dPass<T>& pass, int64_t row_width)
+      : p(pass),
+        width(row_width),
+        most_runs(std::min(width, width / std::min(p.OW, NR) + width / p.OW + 2)),
+        runs(most_runs),
+        pieces(most_pieces(p.tap_count, most_runs, width, NR)) {}
+  int64_t size(int64_t channels) const { return channels * p.tap_count * width + NR; }
+
+  // Pixels q … q + cols under each tap, channels from `source` on; zeros up to `width`.
+  void gather(const T* source, int64_t channels, int64_t q, int64_t cols, C* to) const {
+    const int count = split_pixels(q, cols, p.OH, p.OW, NR, runs);
+    int64_t farthest;
+    const int64_t n = plan_pieces(p, runs.data(), count, cols, width, pieces.data(), farthest);
+    gather_panel(p, source, channels, pieces.data(), n, farthest, width, to);
+  }
+};
+
 // The panel when pixels lie in one row and there is one tap: channel by channel over all panels of a block, so that
 // memory is read in long runs.
 template <class T>

@@ -86,8 +86,8 @@ inline double winograd_cost(const Conv2dShape& s, const WinogradCost& f, bool fr
 inline Conv2dAlgorithm conv2d_algorithm(const Conv2dShape& s, bool winograd, bool frozen) {
   const bool few = s.groups > 1 && s.group_in() <= 8 && s.group_out() <= (s.channels_last ? 4 : 8);
   if (few) return Conv2dAlgorithm::Direct;
-  const int64_t fewest =
-      s.channels_last ? 8 : 16;  // channels; fewer run in bands of padded rows, which NCHW does as fast
+  // Fewer channels run in bands of padded rows, which in NCHW are as fast.
+  const int64_t fewest = s.channels_last ? 8 : 16;
   if (winograd && s.winograd() && s.group_in() >= fewest && s.group_out() >= fewest) {
     const double two = winograd_cost(s, kWinogradCosts[0], frozen), four = winograd_cost(s, kWinogradCosts[1], frozen);
     if (std::min(two, four) < 0.8 * direct_cost(s))

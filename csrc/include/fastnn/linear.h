@@ -15,8 +15,8 @@ inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed"}
 
 // Cycles of one core, fitted to AVX2 (other widths scale all three alike). A panel of B serves rows in tiles of six, and a
 // tile of fewer than four waits for its own multiply-adds. Each dot product is summed over its lanes at the end, and a
-// last partial vector costs a masked load in each. Weights of more than a few MiB come from memory: the panels as one
-// stream, rows as several.
+// last partial vector costs a masked load in each. Weights of more than a few MiB come from memory: rows as several
+// streams; panels as one, asked for ahead, so that the arithmetic hides it or is hidden by it.
 inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int64_t N, int64_t K) {
   const int64_t lanes = dtype == DType::Float64 ? 4 : 8;
   const double panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
@@ -25,12 +25,14 @@ inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int
   const auto streamed = [&](double bytes, double cycles) { return elements * bytes > 4194304 ? cycles * bytes : 0; };
   if (algorithm == LinearAlgorithm::Dot) {
     const double blocks = static_cast<double>((M + 15) / 16), tail = K % lanes ? 14 : 0;
-    return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * streamed(stored, 0.16);
+    return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * streamed(stored, 0.13);
   }
   const double tiles = static_cast<double>((M + 5) / 6), panel = std::max(m, 4 * tiles) * K + 40 * tiles;
   const double multiplied = panels * panel + 0.3 * m * K;
-  if (algorithm == LinearAlgorithm::Packed) return multiplied + elements * streamed(packed, 0.19);
-  return multiplied + elements * (0.3 + streamed(stored, 0.35));
+  if (algorithm == LinearAlgorithm::Gemm) return multiplied + elements * (0.3 + streamed(stored, 0.35));
+  if (const double read = elements * streamed(packed, 0.2))
+    return std::max(multiplied, read) + std::min(multiplied, read) / 8;
+  return multiplied + 0.05 * elements;
 }
 
 // The rule that chooses, in one place; the number of threads has no say in it. along_k: the elements of a row of input and
