@@ -10,6 +10,12 @@ from torch import Tensor
 from fastnn._library import _C
 
 
+def parameter(module: torch.nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)``, past the search for a parameter that costs as much as a small kernel."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class Frozen:
     """Mixin of the modules whose kernel takes packed weights.
 

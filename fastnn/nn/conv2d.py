@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastnn._library import _C
 from fastnn.functional.conv2d import conv2d, geometry
-from fastnn.nn._frozen import Fold, Frozen
+from fastnn.nn._frozen import Fold, Frozen, parameter
 
 
 class Conv2d(Frozen, torch.nn.Conv2d):
@@ -48,9 +48,10 @@ class Conv2d(Frozen, torch.nn.Conv2d):
     _fold: Fold | None = None  # the batch norm that freeze folded in
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
         if self._fold is not None:
-            return self._conv_forward(input, *self._fold.tensors(self.weight, self.bias))
-        return self._conv_forward(input, self.weight, self.bias)
+            weight, bias = self._fold.tensors(weight, bias)
+        return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
