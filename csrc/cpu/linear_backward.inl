@@ -1,6 +1,6 @@
 // Gradients of linear on the CPU. With g = grad_output ⊙ f'(saved):  dX = g W,  dW = gᵀ X,  db = column sums of g.
 //
-// With an activation the rows go in blocks of one K block of dW: g of a block is made once, in compute type, together
+// With an activation the rows go in blocks of 256: g of a block is made once, in compute type, together
 // with its column sums, and both products read it from cache. Nothing of grad_output's size is kept; W is packed once
 // for all blocks (in 16-bit dtypes the sums of dW take its place). Without an activation g is grad_output as it lies,
 // and the driver of gemm.inl does the blocking.
@@ -16,7 +16,7 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-inline constexpr int64_t kThinRows = 4;
+inline constexpr int64_t kThinRows = 4, kRowsAtOnce = 256;
 
 // to[i] += from[i * stride]
 template <class C, class T>
@@ -199,7 +199,7 @@ template <class T>
 void linear_backward_derived(const LinearBackward& p) {
   using C = Compute<T>;
   const T *grad = static_cast<const T*>(p.grad_output), *saved = static_cast<const T*>(p.saved);
-  const int64_t MB = std::max<int64_t>(depth_of_block<C>(p.M), 1);
+  const int64_t MB = std::max<int64_t>(even_block(p.M, kRowsAtOnce), 1);
   const bool blocks = p.M > MB, sums_in_scratch = blocks && !std::is_same_v<T, C>;
   Scratch<C> g(MB * p.N), bias(p.grad_bias ? p.N : 0);
   const bool pack = blocks && p.grad_input && !sums_in_scratch;  // one matrix of the weight's size is enough
