@@ -140,6 +140,18 @@ struct StridedA {
   }
 };
 
+// What a tile asks for while it multiplies: `first`, and `stride` bytes further every two steps.
+struct Ahead {
+  const void* first;
+  int64_t stride;
+};
+// Panel [depth][NR] that comes next, shared out between the tiles of this one.
+template <class C>
+FASTNN_INLINE Ahead next_panel(const C* panel, int64_t depth, int64_t tile, int64_t tiles) {
+  constexpr int64_t NR = kNR<C>;
+  return {panel + depth * NR * tile / tiles, (2 * NR + tiles - 1) / tiles * int64_t(sizeof(C))};
+}
+
 // A strided matrix X[k, n] as the driver's B: panels of NR columns, each [depth][NR].
 template <class C, class T>
 struct StridedB {
@@ -148,6 +160,12 @@ struct StridedB {
   int64_t k_stride, col_stride;
   // Panels to pack at a time. Rows along N are read in runs of several: one panel's run would be a single cache line.
   int group() const { return col_stride == 1 ? 4 : 1; }
+  // Of what is packed after the panel at n: a line of every second row, or a column.
+  Ahead ahead(int64_t n, int64_t k, int64_t tile) const {
+    constexpr int64_t NR = kNR<C>;
+    if (col_stride == 1) return {data + n + 4 * NR + (k + tile % 2) * k_stride, 2 * k_stride * int64_t(sizeof(T))};
+    return {data + (n + NR + std::min(tile, NR - 1)) * col_stride + k * k_stride, 2 * k_stride * int64_t(sizeof(T))};
+  }
   void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* dst) const {
     constexpr int64_t NR = kNR<C>, L = kLanes<C>;
     const T* src = data + n0 * col_stride + k0 * k_stride;
@@ -214,16 +232,16 @@ FASTNN_INLINE void micro_step(const C* __restrict a, const C* __restrict b, Tile
 }
 
 // tile[i][:] = sum over k < depth of a[k * MR + i] * b[k * NR + :], for the first ROWS rows of the panel of A. Meanwhile
-// what lies at `ahead` is asked for, `stride` elements further every two steps: a share of the panel of B that comes next.
-// (Two steps a turn: with four or eight the loop is slower, for all its fewer instructions.)
+// what lies ahead is asked for. (Two steps a turn: with four or eight the loop is slower, for all its fewer instructions.)
 template <class C, int ROWS>
-FASTNN_INLINE void micro_kernel(int64_t depth, const C* __restrict a, const C* __restrict b, const C* ahead,
-                                int64_t stride, Tile<C, ROWS>& tile) {
+FASTNN_INLINE void micro_kernel(int64_t depth, const C* __restrict a, const C* __restrict b, const Ahead& ahead,
+                                Tile<C, ROWS>& tile) {
   constexpr int MR = kMR<C>, NR = kNR<C>;
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) tile.acc[i][0] = tile.acc[i][1] = zero<C>();
-  for (int64_t k = 0; k + 2 <= depth; k += 2, a += 2 * MR, b += 2 * NR, ahead += stride) {
-    __builtin_prefetch(ahead, 0, 2);
+  const char* next = static_cast<const char*>(ahead.first);
+  for (int64_t k = 0; k + 2 <= depth; k += 2, a += 2 * MR, b += 2 * NR, next += ahead.stride) {
+    __builtin_prefetch(next, 0, 2);
     micro_step<C, ROWS>(a, b, tile);
     micro_step<C, ROWS>(a + MR, b + NR, tile);
   }
@@ -402,7 +420,6 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
               b_packed = b_at;
             }
             const RowTiles<C> tiles(mc_end - mc);
-            const C* const next = b_packed + depth * NR;
             for (int64_t t = 0; t < tiles.count; ++t) {
               const int64_t m = mc + tiles.begin(t);
               place.m = m;
@@ -414,11 +431,13 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
                 place.partial = partial + (m - ms) * s.NC + (n - nc);
                 place.partial_stride = s.NC;
               }
+              Ahead ahead = next_panel(b_packed + depth * NR, depth, t, tiles.count);
+              if constexpr (requires { b.ahead(n, k, t); })
+                if ((mc == ms || !s.keep_b) && n + group * NR < nc_end) ahead = b.ahead(n, k, t);
               with_rows<C>(place.rows, [&](auto height) __attribute__((always_inline)) {
                 constexpr int ROWS = decltype(height)::value;
                 Tile<C, ROWS> tile;
-                micro_kernel<C, ROWS>(depth, a_packed + t * MR * depth, b_packed, next + depth * NR * t / tiles.count,
-                                      (2 * NR + tiles.count - 1) / tiles.count, tile);
+                micro_kernel<C, ROWS>(depth, a_packed + t * MR * depth, b_packed, ahead, tile);
                 store_tile<C, ROWS>(tile, place, store_to);
               });
             }
