@@ -16,7 +16,7 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-inline constexpr int64_t kThinRows = 4, kRowsAtOnce = 256;
+inline constexpr int64_t kThinRows = 8, kRowsAtOnce = 256;
 
 // to[i] += from[i * stride]
 template <class C, class T>
@@ -69,21 +69,21 @@ void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, const T*
       constexpr int STEP = decltype(count)::value;
       int64_t at = 0;
       Vec<C> x[ROWS][STEP];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
         for (int i = 0; i < STEP; ++i) x[m][i] = splat<C>(g[m * N + n + i]);
       for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
         Vec<C> sum[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) sum[m] = load(acc + (at + m) * L);
 #pragma GCC unroll 4
         for (int i = 0; i < STEP; ++i) {
           const Vec<C> v = load(w + (n + i) * w_row + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int m = 0; m < ROWS; ++m) sum[m] = fma(x[m][i], v, sum[m]);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m) store(acc + (at + m) * L, sum[m]);
         at += ROWS;
       });
@@ -102,17 +102,20 @@ void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, const T*
 // out[n, k] = Σ over m of g[m, n] x[m, k] for n in [begin, end); x is [ROWS][K], K at least a vector.
 template <int ROWS, class C, class T>
 void thin_grad_weight(int64_t N, int64_t K, int64_t begin, int64_t end, const C* g, const C* x, T* out) {
+  // A large matrix is not read into the cache just to be written over.
+  const bool past = N * K * int64_t(sizeof(T)) > (8 << 20) && fits_past_cache<C>(out, K);
   for (int64_t n = begin; n < end; ++n) {
     Vec<C> scale[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) scale[m] = splat<C>(g[m * N + n]);
     for_each_vector<C>(0, K, [&](int64_t k) __attribute__((always_inline)) {
       Vec<C> sum = scale[0] * load(x + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 1; m < ROWS; ++m) sum = fma(scale[m], load(x + m * K + k), sum);
-      store(out + n * K + k, sum);
+      past ? store_past_cache<C>(out + n * K + k, sum) : store(out + n * K + k, sum);
     });
   }
+  if (past) flush_past_cache();
 }
 
 // A strided matrix made dense, from one type to another.
@@ -166,7 +169,11 @@ void linear_backward_thin(const LinearBackward& p) {
       case 1: return run(std::integral_constant<int, 1>{});
       case 2: return run(std::integral_constant<int, 2>{});
       case 3: return run(std::integral_constant<int, 3>{});
-      default: return run(std::integral_constant<int, 4>{});
+      case 4: return run(std::integral_constant<int, 4>{});
+      case 5: return run(std::integral_constant<int, 5>{});
+      case 6: return run(std::integral_constant<int, 6>{});
+      case 7: return run(std::integral_constant<int, 7>{});
+      default: return run(std::integral_constant<int, 8>{});
     }
   });
 }
