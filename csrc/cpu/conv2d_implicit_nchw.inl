@@ -5,7 +5,7 @@
 // for every channel. Weights are read where they lie: a row of A is one output channel's (c, r, s) run. 1x1 without
 // stride is the same kernel with one tap, its pieces whole rows of the panel.
 //
-// Blocks: KC channels * taps (~384 deep, panel 24 KiB in L1), some panels at a time (L2), MB rows of weights (L2).
+// Blocks: KC channels * taps (~768 deep, panel 48 KiB, see gemm.inl), some panels at a time (L2), MB rows of weights (L2).
 // The order of summation depends on the shape alone. FMA-bound from ~32 output channels on; gathering a panel costs as
 // much as 4 to 8 output channels.
 #pragma once
@@ -184,7 +184,7 @@ struct ImplicitNchw {
   ImplicitNchw(const Conv2dPass<T>& pass, const C* weight_rows) : p(pass), rows(weight_rows) {
     pixels = p.N * p.OH * p.OW;
     panels = (pixels + NR - 1) / NR;
-    const int64_t parts = std::max<int64_t>((p.depth() + 383) / 384, 1);
+    const int64_t parts = std::max<int64_t>((p.depth() + 767) / 768, 1);
     channels = std::max<int64_t>((p.in + parts - 1) / parts, 1);  // a function of the shape alone
     const int64_t panel_bytes = channels * p.tap_count * NR * int64_t(sizeof(C));
     per_block = std::clamp<int64_t>(196608 / std::max<int64_t>(panel_bytes, 1), 1, 16);
