@@ -74,7 +74,7 @@ PROBLEMS = [
     ((3, 8, 5, 9), 12, 1, 2, 1, 1, 2),
     ((1, 3, 19, 23), 17, 7, 2, 3, 1, 1),
     ((2, 16, 9, 10), 33, 3, 1, 1, 1, 1),
-    ((1, 70, 6, 5), 20, 3, 1, 1, 1, 1),  # more than one block of depth
+    ((1, 100, 6, 5), 20, 3, 1, 1, 1, 1),  # more than one block of depth
     ((1, 6, 17, 40), 8, (2, 5), (1, 3), (1, 0), (2, 1), 2),
     ((2, 9, 12, 15), 9, 3, 1, 1, 1, 9),
     ((1, 17, 14, 14), 17, 5, 2, 2, 1, 17),
@@ -92,7 +92,7 @@ PROBLEMS = [
     ((2, 32, 9, 14), 20, 3, 2, 1, 1, 4),
     ((1, 17, 3, 130), 5, (3, 2), 1, 1, 1, 1),
     ((1, 30, 2, 300), 6, (2, 3), (1, 2), 1, 1, 1),  # rows too long for a block
-    ((1, 400, 7, 7), 9, 1, 1, 0, 1, 1),  # one pixel in the last panel, two blocks of depth
+    ((1, 800, 7, 7), 9, 1, 1, 0, 1, 1),  # one pixel in the last panel, two blocks of depth
     ((1, 40, 9, 33), 3, 3, 1, 1, 1, 1),  # few output channels of many
     ((2, 33, 8, 31), 2, 3, 2, 1, 1, 1),
     ((2, 7, 33, 37), 3, 1, 1, 0, 1, 1),  # 1x1 to few channels: two chunks of pixels; groups

@@ -69,7 +69,7 @@ def test_whole_numbers_are_exact_at_every_edge_of_the_tile(isa):
                     for k in (1, 2, 7, 8, 63, 65):
                         x, w = testing.integers((m, k), dtype), testing.integers((n, k), dtype)
                         assert torch.equal(linear(x, w), x @ w.t()), (isa, dtype, m, n, k)
-            for k in (255, 256, 257, 512, 521, 1031):
+            for k in (383, 384, 385, 768, 775, 1031, 1543):  # around a K block, which the ISA's width decides
                 for m, n in [(1, 5), (6, 16), (23, 35), (300, 40)]:
                     x, w = testing.integers((m, k), dtype), testing.integers((n, k), dtype)
                     assert torch.equal(linear(x, w), x @ w.t()), (isa, dtype, m, n, k)
@@ -79,7 +79,7 @@ def test_whole_numbers_are_exact_at_every_edge_of_the_tile(isa):
 @pytest.mark.parametrize("dtype", testing.HALF_DTYPES)
 def test_whole_numbers_are_exact_in_half_dtypes(isa, dtype):
     with testing.forced_isa(isa):
-        for m, n, k in [(1, 3, 5), (7, 17, 33), (30, 50, 61), (19, 130, 600), (200, 40, 700)]:
+        for m, n, k in [(1, 3, 5), (7, 17, 33), (30, 50, 61), (19, 130, 600), (200, 40, 1700)]:
             x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1)
             assert torch.equal(linear(x, w), (x.float() @ w.float().t()).to(dtype)), (isa, m, n, k)
 
@@ -97,7 +97,7 @@ def test_every_algorithm_is_exact(isa, algorithm):
                 assert _C._linear_algorithm(x, w, packed is not None) == algorithm
                 exact = (x.double() @ w.double().t()).to(dtype)
                 assert torch.equal(linear(x, w, packed=packed), exact), (dtype, m, n, k)
-            for m, n, k in [(3, 5, 300), (33, 20, 517)]:
+            for m, n, k in [(3, 5, 300), (9, 20, 517), (33, 20, 1700)]:
                 x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1)
                 packed = ops.linear_pack(w) if algorithm == "packed" else None
                 assert torch.equal(linear(x, w, packed=packed), (x.double() @ w.double().t()).to(dtype))
@@ -222,6 +222,18 @@ def test_gradients_of_whole_numbers_are_exact_at_every_edge(isa, dtype):
                 assert torch.equal(dx, (g @ w.double()).to(dtype)), wide
                 assert torch.equal(dw, (g.t() @ x.double()).to(dtype)), wide
                 assert torch.equal(db, g.sum(0).to(dtype)), wide
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [1024, 1028, 1031])
+def test_a_large_gradient_of_the_weight_is_written_past_the_cache(isa, k):
+    """Where its rows are whole vectors, for some ISA or all, and where they are not: to the last bit, on one thread and two."""
+    n = 2200
+    for m, dtype, count in itertools.product((1, 3, 8), (torch.float32, torch.float64), (1, 2)):
+        x, w, grad = testing.integers((m, k), dtype), torch.zeros(n, k, dtype=dtype), testing.integers((m, n), dtype)
+        with testing.forced_isa(isa), testing.threads(count):
+            _, dw, _ = ops.linear_backward(grad, x, w, None, None, None, [False, True, False])
+        assert torch.equal(dw, grad.t() @ x), (m, dtype, count)
 
 
 @pytest.mark.parametrize("activation", [None, *testing.ACTIVATIONS])

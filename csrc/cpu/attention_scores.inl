@@ -260,7 +260,8 @@ inline void strip_products(const Strip<C>& strip, const C* panels, int64_t rows,
       if (strip.row_stride) {
         micro_kernel_strided<C, ROWS>(depth, strip.data, strip.row_stride, 1, panels + j * depth, tile);
       } else {
-        micro_kernel<C, ROWS>(depth, strip.data, panels + j * depth, next_panel(panels + (j + NR) * depth, depth, 0, 1), tile);
+        micro_kernel<C, ROWS>(depth, strip.data, panels + j * depth, next_panel(panels + (j + NR) * depth, depth, 0, 1),
+                              tile);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {

@@ -99,6 +99,36 @@ void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, const T*
   }
 }
 
+// Stores that go to memory past the caches, where the ISA has them: rows of whole vectors of float or double that all begin
+// on a vector's boundary. flush_past_cache ends them, before another thread may read.
+template <class C, class T>
+bool fits_past_cache([[maybe_unused]] const T* to, [[maybe_unused]] int64_t row) {
+#if defined(__x86_64__)
+  return std::is_same_v<C, T> && row % kLanes<C> == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<C>) == 0;
+#else
+  return false;
+#endif
+}
+template <class C, class T>
+FASTNN_INLINE void store_past_cache(T* to, Vec<C> v) {
+#if defined(__x86_64__)
+  alignas(64) float parts[sizeof(v) / sizeof(float)];
+  std::memcpy(parts, &v, sizeof v);
+  float* const at = reinterpret_cast<float*>(to);
+  if constexpr (sizeof v == 16)
+    _mm_stream_ps(at, _mm_load_ps(parts));
+  else
+    for (size_t i = 0; i < sizeof v / 4; i += 8) _mm256_stream_ps(at + i, _mm256_load_ps(parts + i));
+#else
+  store(to, v);
+#endif
+}
+inline void flush_past_cache() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // out[n, k] = Σ over m of g[m, n] x[m, k] for n in [begin, end); x is [ROWS][K], K at least a vector.
 template <int ROWS, class C, class T>
 void thin_grad_weight(int64_t N, int64_t K, int64_t begin, int64_t end, const C* g, const C* x, T* out) {

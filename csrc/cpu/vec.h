@@ -221,33 +221,4 @@ FASTNN_INLINE C reduce_max(Vec<C> v) {
   return v[0];
 }
 
-// Stores that go to memory past the caches, where the ISA has them: for rows of whole vectors of float or double that all
-// begin on a vector's boundary. flush_past_cache ends them, before another thread may read.
-template <class C, class T>
-inline bool fits_past_cache([[maybe_unused]] const T* to, [[maybe_unused]] int64_t row) {
-#if defined(__x86_64__)
-  return std::is_same_v<C, T> && row % kLanes<C> == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<C>) == 0;
-#else
-  return false;
-#endif
-}
-template <class C, class T>
-FASTNN_INLINE void store_past_cache(T* to, Vec<C> v) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(v) == 64)
-    _mm512_stream_ps(to, bitcast<__m512>(v));
-  else if constexpr (sizeof(v) == 32)
-    _mm256_stream_ps(reinterpret_cast<float*>(to), bitcast<__m256>(v));
-  else
-    _mm_stream_ps(reinterpret_cast<float*>(to), bitcast<__m128>(v));
-#else
-  store(to, v);
-#endif
-}
-inline void flush_past_cache() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 }  // namespace fastnn::cpu::FASTNN_ISA
