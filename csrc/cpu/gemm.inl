@@ -352,10 +352,10 @@ struct Blocking {
   int64_t a_size, b_size, partial_size;
 };
 template <class C>
-inline Blocking blocking(int64_t M, int64_t N, int64_t K, bool in_place, int64_t group) {
+inline Blocking blocking(int64_t M, int64_t N, int64_t K, int64_t KC, bool in_place, int64_t group) {
   constexpr int64_t MR = kMR<C>, NR = kNR<C>;
   Blocking s;
-  s.KC = depth_of_block<C>(K);
+  s.KC = KC;
   const int64_t depth = std::max<int64_t>(s.KC, 1);
   // A block of A: half of a 512 KiB L2 where that is all of A, else even blocks of less, so that caches that others use
   // too do not lose it.
@@ -390,7 +390,9 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
   const bool in_place = store_to.in_place(m_begin, n_begin, c_stride) != nullptr;
   int64_t group = 1;  // of panels of B
   if constexpr (!B::kPrepacked) group = b.group();
-  const Blocking s = blocking<C>(m_end - m_begin, n_end - n_begin, K, in_place, group);
+  int64_t KC = depth_of_block<C>(K);
+  if constexpr (requires { B::kDepth; }) KC = even_block(K, B::kDepth);  // of a B that takes memory to pack
+  const Blocking s = blocking<C>(m_end - m_begin, n_end - n_begin, K, KC, in_place, group);
   Scratch<C> memory(s.a_size + s.b_size + s.partial_size);
   C *const a_block = memory, *const b_block = a_block + s.a_size, *const partial = b_block + s.b_size;
 
