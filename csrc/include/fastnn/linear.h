@@ -25,7 +25,8 @@ inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int
   const auto streamed = [&](double bytes, double cycles) { return elements * bytes > 4194304 ? cycles * bytes : 0; };
   if (algorithm == LinearAlgorithm::Dot) {
     const double blocks = static_cast<double>((M + 15) / 16), tail = K % lanes ? 14 : 0;
-    return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * streamed(stored, 0.13);
+    const double widened = stored == 2 && M > 4 ? 0.5 : 0;  // rows of the weight, once a block
+    return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * (streamed(stored, 0.13) + widened);
   }
   const double tiles = static_cast<double>((M + 5) / 6), panel = std::max(m, 4 * tiles) * K + 40 * tiles;
   const double multiplied = panels * panel + 0.3 * m * K;
