@@ -47,7 +47,7 @@ template <class T>
 struct PatchColumns {
   using C = Compute<T>;
   static constexpr bool kPrepacked = false;
-  static constexpr int64_t NR = kNR<C>, kDepth = 256;
+  static constexpr int64_t NR = kNR<C>, kDepth = 256;  // pixels: all taps of them wait in rows while they are packed
   const Conv2dPass<T>& p;
   const T* source;  // first channel of the group
 

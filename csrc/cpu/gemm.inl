@@ -11,7 +11,7 @@
 // The order of summation of an element depends on K alone: results are equal for every number of threads.
 // Bound by the FMA units once M >= MR. With B packed before, one core of a Zen 3 reached 92-98 GFLOP/s of the 104 probed
 // while its neighbours were quiet and 72-85 while they were not (64x2048x2048, 128x768x3072, 1024^3). Asking for the next
-// panel of B gained 4-10% there, 20-50% with 4 to 18 rows; asking for the tile of C, or other sizes of blocks, nothing.
+// panel of B gained 4-10% there, 20-50% with 4 to 18 rows; asking for the tile of C, or smaller blocks, nothing.
 #pragma once
 
 #include "cpu/vec.h"
@@ -163,8 +163,9 @@ struct StridedB {
   // Of what is packed after the panel at n: a line of every second row, or a column.
   Ahead ahead(int64_t n, int64_t k, int64_t tile) const {
     constexpr int64_t NR = kNR<C>;
-    if (col_stride == 1) return {data + n + 4 * NR + (k + tile % 2) * k_stride, 2 * k_stride * int64_t(sizeof(T))};
-    return {data + (n + NR + std::min(tile, NR - 1)) * col_stride + k * k_stride, 2 * k_stride * int64_t(sizeof(T))};
+    const T* const at = col_stride == 1 ? data + n + group() * NR + tile % 2 * k_stride
+                                        : data + (n + NR + std::min(tile, NR - 1)) * col_stride;
+    return {at + k * k_stride, 2 * k_stride * int64_t(sizeof(T))};
   }
   void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* dst) const {
     constexpr int64_t NR = kNR<C>, L = kLanes<C>;

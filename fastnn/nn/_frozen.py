@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch import Tensor
 from fastnn._library import _C
 
 
-def parameter(module: torch.nn.Module, name: str) -> Tensor | None:
-    """``getattr(module, name)``, past the search for a parameter that costs as much as a small kernel."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+def parameters(module: torch.nn.Module, names: Iterable[str]) -> list[Tensor | None]:
+    """``getattr(module, name)`` of each, past the search for a parameter, which costs as much as a small kernel."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 class Frozen:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastnn._library import _C
 from fastnn.functional.conv2d import conv2d, geometry
-from fastnn.nn._frozen import Fold, Frozen, parameter
+from fastnn.nn._frozen import Fold, Frozen, parameters
 
 
 class Conv2d(Frozen, torch.nn.Conv2d):
@@ -48,7 +48,7 @@ class Conv2d(Frozen, torch.nn.Conv2d):
     _fold: Fold | None = None  # the batch norm that freeze folded in
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        weight, bias = parameters(self, ("weight", "bias"))
         if self._fold is not None:
             weight, bias = self._fold.tensors(weight, bias)
         return self._conv_forward(input, weight, bias)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnn import functional
 from fastnn._library import _C
-from fastnn.nn._frozen import Frozen, parameter
+from fastnn.nn._frozen import Frozen, parameters
 
 
 class Linear(Frozen, torch.nn.Linear):
@@ -36,10 +36,10 @@ class Linear(Frozen, torch.nn.Linear):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, packed = parameter(self, "weight"), None
+        (weight, bias), packed = parameters(self, ("weight", "bias")), None
         if self._frozen and not torch.compiler.is_compiling() and _C._linear_packs(input, weight):
             packed = self._packed(weight, torch.ops.fastnn.linear_pack)
-        return functional.linear(input, weight, parameter(self, "bias"), activation=self.activation, packed=packed)
+        return functional.linear(input, weight, bias, activation=self.activation, packed=packed)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")

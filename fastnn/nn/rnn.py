@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastnn import functional
 from fastnn.functional.rnn import rnn
-from fastnn.nn._frozen import Frozen
+from fastnn.nn._frozen import Frozen, parameters
 
 
 def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
@@ -25,8 +25,7 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         # By name at each call, so that parametrizations, functional_call and assignments are seen.
-        own = self._parameters
-        return [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+        return parameters(self, self._flat_weights_names)
 
     def _packs(self, weights: list[Tensor]) -> list[Tensor] | None:
         """Return the packed weights of each layer and direction; None where they may not be kept."""
@@ -182,10 +181,10 @@ class _Cell(Frozen):
     """What RNNCell, GRUCell and LSTMCell share."""
 
     def _step(self, function, mode: str, x: Tensor, hx):
-        own = self._parameters
-        weights = [own[name] if name in own else getattr(self, name) for name in _CELL_WEIGHTS]
-        packed = None
-        if self._frozen and all(map(own.__contains__, _CELL_WEIGHTS)):  # not parametrized: other tensors at each call
+        weights, packed = parameters(self, _CELL_WEIGHTS), None
+        if self._frozen and all(
+            map(self._parameters.__contains__, _CELL_WEIGHTS)
+        ):  # not parametrized: other tensors at each call
             given = [w for w in weights if w is not None]
             packed = self._packed(given, torch.ops.fastnn.rnn_pack, lambda: (mode,)) if len(given) % 2 == 0 else None
         return function(x, hx, *weights, packed=packed)
