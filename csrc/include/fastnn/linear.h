@@ -30,7 +30,8 @@ inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int
   }
   const double tiles = static_cast<double>((M + 5) / 6), panel = std::max(m, 4 * tiles) * K + 40 * tiles;
   const double multiplied = panels * panel + 0.3 * m * K;
-  if (algorithm == LinearAlgorithm::Gemm) return multiplied + elements * ((stored == 2 ? 0.9 : 0.3) + streamed(stored, 0.35));
+  if (algorithm == LinearAlgorithm::Gemm)
+    return multiplied + elements * ((stored == 2 ? 0.9 : 0.3) + streamed(stored, 0.35));
   if (const double read = elements * streamed(packed, 0.2))
     return std::max(multiplied, read) + std::min(multiplied, read) / 8;
   return multiplied + 0.05 * elements;
