@@ -292,6 +292,25 @@ def test_backward(isa, tile, layout):
                 assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_in_bands(isa, tile, layout):
+    """Images, rows and groups in bands, whose filter is kept or not: the gradients are those of the direct sum."""
+    for size, k, padding, groups in (
+        ((9, 16, 31, 30), 32, 1, 1),
+        ((1, 12, 131, 127), 20, 1, 1),
+        ((1, 20, 101, 97), 32, 2, 2),
+        ((3, 20, 79, 80), 32, 0, 4),
+    ):
+        x, w, b = make(*size, k, groups, torch.float64, layout)
+        grad = testing.random(F.conv2d(x, w, b, 1, padding, 1, groups).shape, torch.float64, layout)
+        with winograd(tile, isa):
+            ours = grads_of(lambda *t, a=(1, padding, 1, groups): conv2d(*t, *a, activation="relu"), (x, w, b), grad)
+        stock = grads_of(lambda *t, a=(1, padding, 1, groups): F.conv2d(*t, *a).relu(), (x, w, b), grad)
+        torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("tile", TILES)
 def test_gradcheck(tile):
     for layout, groups in itertools.product(LAYOUTS, (1, 2)):

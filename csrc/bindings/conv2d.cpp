@@ -45,9 +45,9 @@ void linear_forward(const Conv2dParams& p) {
 void linear_backward(const Conv2dBackwardParams& p) {
   const Conv2dShape& s = p.shape;
   LinearBackward q{};
-  q.dtype = p.dtype, q.activation = Activation::None;
+  q.dtype = p.dtype, q.activation = p.activation;
   q.M = s.N, q.N = s.K, q.K = s.C * s.R * s.S;
-  q.grad_output = p.grad_output, q.grad_row = q.N, q.grad_col = 1;
+  q.grad_output = p.grad_output, q.grad_row = q.N, q.grad_col = 1, q.saved = p.saved;
   q.input = p.input, q.input_row = q.K, q.input_col = 1;
   q.weight = p.weight, q.weight_row = q.K, q.weight_col = 1;
   q.grad_input = p.grad_input, q.grad_weight = p.grad_weight, q.grad_bias = p.grad_bias;
@@ -118,14 +118,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
               IntArrayRef(q.output_shape), "; got ", grad_output.sizes(), ".");
   check_same("conv2d_backward", "grad_output", grad_output, input, "input");
   grad = grad.contiguous(q.format);
+  Tensor kept;
   if (f != Activation::None) {
     TORCH_CHECK(saved && saved->defined() && saved->numel() == grad.numel(),
                 "fastnn.conv2d_backward: saved must hold the output or pre-activation of the forward.");
-    const Tensor kept = (q.batched ? *saved : saved->unsqueeze(0)).contiguous(q.format);
-    Tensor grad_pre = at::empty(q.output_shape, grad.options().memory_format(q.format));
-    cpu::conv2d_activation_backward({*dtype_of(input), f, grad.const_data_ptr(), kept.const_data_ptr(),
-                                     grad_pre.mutable_data_ptr(), grad.numel(), num_threads()});
-    grad = grad_pre;
+    kept = (q.batched ? *saved : saved->unsqueeze(0)).contiguous(q.format);
   }
   Conv2dBackwardParams p{};
   p.dtype = *dtype_of(input);
@@ -134,7 +131,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward_cpu(const Tensor& grad_output
   const Conv2dAlgorithm transposed = choose(q.shape.transposed(), winograd_suits(p.dtype), false);
   if (q.shape.winograd() && is_winograd(transposed)) p.input_algorithm = transposed;
   const bool linear = choose(q, weight, false) == Conv2dAlgorithm::Linear;
+  p.activation = f;
   p.grad_output = grad.const_data_ptr();
+  if (kept.defined()) p.saved = kept.const_data_ptr();
   const Tensor laid = lay_out(q.input, q.shape, q.format, p.input_strides);
   p.input = laid.const_data_ptr();
   p.weight = weight.const_data_ptr();

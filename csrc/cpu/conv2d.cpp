@@ -15,7 +15,6 @@ static constexpr Variants<Conv2dKernels> variants = {{&conv2d_baseline, nullptr,
 
 void conv2d_forward(const Conv2dParams& p) { variants.table().forward(p); }
 void conv2d_backward(const Conv2dBackwardParams& p) { variants.table().backward(p); }
-void conv2d_activation_backward(const Conv2dActivationBackwardParams& p) { variants.table().activation_backward(p); }
 int64_t conv2d_packed_size(const Conv2dParams& p) { return variants.table().packed_size(p); }
 void conv2d_pack(const Conv2dParams& p, void* packed) { variants.table().pack(p, packed); }
 int64_t conv2d_panel_width(const Conv2dParams& p) { return variants.table().panel_width(p); }

@@ -58,8 +58,7 @@ inline void conv2d_backward_all(const Conv2dBackwardParams& params) {
   conv2d_with_type(params.dtype, [&](auto type) { conv2d_backward_typed<decltype(type)>(params); });
 }
 
-inline constexpr Conv2dKernels conv2d_kernels = {
-    conv2d_forward_all,     conv2d_backward_all, conv2d_activation_backward_all,
-    conv2d_packed_size_all, conv2d_pack_all,     conv2d_panel_width_all};
+inline constexpr Conv2dKernels conv2d_kernels = {conv2d_forward_all, conv2d_backward_all, conv2d_packed_size_all,
+                                                 conv2d_pack_all, conv2d_panel_width_all};
 
 }  // namespace fastnn::cpu::FASTNN_ISA

@@ -87,7 +87,7 @@ void conv2d_grad_gemm(const Conv2dGradWeight<T>& g) {
     const T* source = p.source + group * p.in * p.source_strides.channel;
     const ImageStrides& st = p.target_strides;
     const ImageChannels<T> a{g.grad + group * p.out * st.channel, st.image, st.channel, p.OH * p.OW};
-    const RowMajorStore<T, C> store{g.grad_weight + group * p.out * depth, depth, nullptr, Activation::None, nullptr};
+    const RowMajorStore<C, C> store{g.grad_weight + group * p.out * depth, depth, nullptr, Activation::None, nullptr};
     if (rows)
       run(a, ImageChannels<T>{source, p.source_strides.image, p.source_strides.channel, p.OW}, store);
     else

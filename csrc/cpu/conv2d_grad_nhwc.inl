@@ -102,7 +102,7 @@ struct GradWeightNhwc {
       for (int64_t c = c0; c < c1; c += L) {
         const C* const from = sums + (c - c0) * wide + k - k0;
         if (g.strides.channel == 1 && k + L <= k1 && c + L <= c1) {
-          T* const to = g.grad_weight + (group * p.out + k) * g.strides.image + c + p.taps[t * merged].weight;
+          C* const to = g.grad_weight + (group * p.out + k) * g.strides.image + c + p.taps[t * merged].weight;
           Vec<C> rows[L];
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) rows[i] = load(from + i * wide);

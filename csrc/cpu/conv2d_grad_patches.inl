@@ -90,7 +90,7 @@ void conv2d_grad_patches(const Conv2dBackwardParams& params, const ImageStrides&
   T* const target = static_cast<T*>(params.grad_input);
   const bool covered = s.pad_top == 0 && s.pad_left == 0 && s.R == s.stride_h && s.S == s.stride_w &&
                        s.OH * s.R == s.H && s.OW * s.S == s.W;
-  if (!covered) std::memset(static_cast<void*>(target), 0, s.N * s.C * s.H * s.W * sizeof(T));
+  if (!covered) clear(target, to, s.N, s.C, s.H, s.W);
   const int64_t unit = s.channels_last ? s.C : 1;
   gemm<C>(s.N * s.OH * s.OW, s.C * s.R * s.S, s.K,
           ImagePixels<T>{static_cast<const T*>(params.grad_output), from, s.OH * s.OW},

@@ -8,7 +8,6 @@ namespace fastnn::cpu {
 struct Conv2dKernels {
   void (*forward)(const Conv2dParams&);
   void (*backward)(const Conv2dBackwardParams&);
-  void (*activation_backward)(const Conv2dActivationBackwardParams&);
   int64_t (*packed_size)(const Conv2dParams&);
   void (*pack)(const Conv2dParams&, void* packed);
   int64_t (*panel_width)(const Conv2dParams&);

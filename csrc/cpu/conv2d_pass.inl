@@ -32,6 +32,16 @@ inline int64_t extent(const ImageStrides& s, int64_t n, int64_t c, int64_t h, in
   return (n - 1) * s.image + (c - 1) * s.channel + (h - 1) * s.row + (w - 1) * s.column + 1;
 }
 
+// Zeros where the strides reach, which lie in rows of W, or of W pixels.
+template <class T>
+void clear(T* to, const ImageStrides& st, int64_t N, int64_t C, int64_t H, int64_t W) {
+  const int64_t planes = st.channel == 1 ? 1 : C, run = st.channel == 1 ? W * C : W;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t c = 0; c < planes; ++c)
+      for (int64_t y = 0; y < H; ++y)
+        std::memset(static_cast<void*>(to + n * st.image + c * st.channel + y * st.row), 0, run * sizeof(T));
+}
+
 // 1x1 without stride or padding: an image whose rows follow one another becomes one row of pixels.
 template <class T>
 void flatten(Conv2dPass<T>& p) {

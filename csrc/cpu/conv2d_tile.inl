@@ -76,11 +76,11 @@ template <class T>
 struct Conv2dGradWeight {
   Conv2dPass<T> p;
   const T* grad;  // strides p.target_strides
-  T* grad_weight;
+  Compute<T>* grad_weight;
   ImageStrides strides;  // of k, c, r, s; a tap's offset is p.taps[t].weight
 
   void put(int64_t group, int64_t k, int64_t c, int64_t t, Compute<T> sum) const {
-    store_one(grad_weight + (group * p.out + k) * strides.image + c * strides.channel + p.taps[t].weight, sum);
+    grad_weight[(group * p.out + k) * strides.image + c * strides.channel + p.taps[t].weight] = sum;
   }
 };
 

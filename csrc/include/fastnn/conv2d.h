@@ -121,7 +121,10 @@ struct Conv2dBackwardParams {
   DType dtype;
   Conv2dShape shape;
   Conv2dAlgorithm algorithm, input_algorithm;  // of all, but for grad_input
-  const void* grad_output;  // [N, K, OH, OW], dense in the memory format; the activation's derivative is already in it
+  Activation activation;
+  const void* grad_output;  // [N, K, OH, OW], dense in the memory format
+  const void* saved;        // as grad_output, read with an activation: the output where the derivative can be had from it
+                            // (activation_from_output), else the value before the activation
   const void* input;        // [N, C, H, W], strides below; read for grad_weight only
   ImageStrides input_strides;
   const void* weight;  // [K, C / groups, R, S], strides below; read for grad_input only
@@ -133,23 +136,10 @@ struct Conv2dBackwardParams {
   int threads;
 };
 
-// grad_pre = grad_output * f'(saved), all of one dense layout; saved is the output where f' can be had from it
-// (activation_from_output), else the value before the activation.
-struct Conv2dActivationBackwardParams {
-  DType dtype;
-  Activation activation;
-  const void* grad_output;  // [count]
-  const void* saved;        // [count]
-  void* grad_pre;           // [count]
-  int64_t count;
-  int threads;
-};
-
 namespace cpu {
 
 void conv2d_forward(const Conv2dParams& params);
 void conv2d_backward(const Conv2dBackwardParams& params);
-void conv2d_activation_backward(const Conv2dActivationBackwardParams& params);
 // Elements (of the compute type) that the packed weights of this shape take on the ISA in use, and the packing itself:
 // only shape, algorithm, weight, weight_strides, dtype and threads of `params` are read.
 int64_t conv2d_packed_size(const Conv2dParams& params);
