@@ -222,11 +222,13 @@ GradBands conv2d_grad_bands(const Conv2dBackwardParams& params) {
     const int64_t parts = (count + size - 1) / size;
     return (count + parts - 1) / parts;
   };
-  if (params.activation == Activation::None || s.N * image <= 2 * most) return {s.N, s.groups, s.OH, 0};
+  if (params.activation == Activation::None || 2 * s.N * image <= 3 * most) return {s.N, s.groups, s.OH, 0};
   if (image <= most) return {evenly(s.N, most / image), s.groups, s.OH, 0};
   if (!s.channels_last && s.groups > 1 && group <= most) return {1, evenly(s.groups, most / group), s.OH, 0};
   // Fours are whole tiles of Winograd. A window much taller than a band would have its halo made many times.
-  const int64_t halo = params.grad_input ? ((s.R - 1) * s.dilation_h + s.stride_h - 1) / s.stride_h : 0;
+  const int64_t before = std::max<int64_t>((s.R - 1) * s.dilation_h - s.pad_top, 0) / s.stride_h;
+  const int64_t after = (std::max<int64_t>(s.pad_top, 0) + s.stride_h - 1) / s.stride_h;
+  const int64_t halo = params.grad_input ? before + after : 0;
   const int64_t rows = (evenly(s.OH, std::max({most / row, halo, int64_t(1)})) + 3) / 4 * 4;
   return {1, s.groups, std::min(rows, s.OH), rows < s.OH ? halo : 0};
 }
