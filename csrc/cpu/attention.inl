@@ -5,7 +5,8 @@
 // A block of 128 keys is packed once, keys as columns and values by features, and stays in L2 while the strips of MR
 // rows pass over it: MR x 128 scores by the GEMM micro-kernel into L1, softmax on them, times the values at once.
 // Strips compute only the columns (in steps of NR) that one of their rows may see, so causal costs half.
-// Few rows (decode) go to attention_decode.inl: no packing, key and value are read once.
+// Few rows (decode) go to attention_decode.inl: no packing, key and value are read once; one block of keys to
+// attention_short.inl.
 //
 // Few rows and many keys: keys are cut into parts of 512, whatever the number of threads, and the parts merged by their
 // maxima and sums. A row's result depends on its own inputs and on that cut alone: equal on any number of threads.
@@ -14,6 +15,7 @@
 
 #include "cpu/attention_decode.inl"
 #include "cpu/attention_scores.inl"
+#include "cpu/attention_short.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -22,17 +24,18 @@ struct AttentionPlan {
   int64_t items, rows;        // keys' heads, rows of each
   int64_t task_rows, chunks;  // rows of a task, tasks along the rows
   int64_t part_keys, parts;   // keys of a task, tasks along the keys
-  bool decode;
+  bool decode, one_block;
 };
 template <class C>
 inline AttentionPlan attention_plan(const AttentionParams& p) {
   constexpr int64_t MR = kMR<C>, kPart = 512;
-  // Rows and their sums take at most half of a 512 KiB L2; more rows, fewer times that keys are packed.
-  const int64_t most_rows = std::max<int64_t>(262144 / ((p.head_dim + p.value_dim + 16) * sizeof(C)), 96) / MR * MR;
+  // The more rows, the fewer times that keys are packed; they and their sums pass through L2 once a block.
+  const int64_t most_rows = std::max<int64_t>(524288 / ((p.head_dim + p.value_dim + 16) * sizeof(C)), 96) / MR * MR;
   AttentionPlan s;
   s.items = p.group > 0 ? p.heads / p.group : 0;
   s.rows = p.group * p.query_length;
   s.decode = s.rows <= kDecodeRows && p.key.col_stride == 1 && p.value.col_stride == 1;
+  s.one_block = !s.decode && p.key_length <= kAttentionKeys;
   const bool split = s.rows <= 64 && s.items <= 64 && p.key_length >= 2 * kPart;
   s.part_keys = split ? kPart : std::max<int64_t>(p.key_length, 1);
   s.parts = split ? (p.key_length + kPart - 1) / kPart : 1;
@@ -46,11 +49,12 @@ inline AttentionPlan attention_plan(const AttentionParams& p) {
   return s;
 }
 
-// Rows [r, r + rows) of query in place, or null where they have to be packed.
+// Rows [r, r + rows) of query in place, or null where they are packed: strides leave the tile short of registers, which
+// costs more than to pack where many keys follow.
 template <class T, class C = Compute<T>>
 inline Strip<C> query_in_place(const AttentionParams& p, int64_t item, int64_t r, int64_t rows) {
   const Row first = row_of(p, item, r), last = row_of(p, item, r + rows - 1);
-  if (first.head != last.head) return {nullptr, 0};
+  if (first.head != last.head || p.key_length >= 512) return {nullptr, 0};
   return strip_in_place<C, T>(p.query, first.head, first.query, rows);
 }
 
@@ -119,26 +123,18 @@ inline void attend(const AttentionParams& p, int64_t item, int64_t r0, int64_t r
 // Divides by the sums and stores rows [r0, r1).
 template <class T, class C = Compute<T>>
 inline void store_rows(const AttentionParams& p, int64_t item, int64_t r0, int64_t r1, const AttentionState<C>& state) {
-  const C keep = static_cast<C>(keep_scale(p)), c = score_factor<C>(p) / kLog2E<C>;
-  const C unseen = value_of_unseen<C>(p), unseen_lse = unseen == C(0) ? kNegativeInfinity<C> : unseen;
+  const C keep = static_cast<C>(keep_scale(p)), unseen = value_of_unseen<C>(p);
   for (int64_t r = r0; r < r1; ++r) {
     const Row row = row_of(p, item, r);
     const C sum = state.sum[r - r0];
     const C inverse = sum == 0 ? unseen : keep / sum;
     const C* acc = state.acc + (r - r0) * state.stride;
     T* out = static_cast<T*>(p.output.data) + p.output.offset[row.head] + row.query * p.output.row_stride;
+    for (int64_t n = 0; n < p.value_dim; n += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(out + 4 * p.output.row_stride + n, 1);
     for (int64_t n = 0; n < p.value_dim; n += kLanes<C>) store_first(out + n, load(acc + n) * inverse, p.value_dim - n);
   }
-  // The lse of an item's rows lie one after the other.
-  const int64_t first = item * p.group * p.query_length;
-  C* lse = static_cast<C*>(p.lse) + first;
-  for (int64_t r = r0; r < r1; r += kLanes<C>) {
-    const int64_t count = r1 - r;
-    const Vec<C> sum = load_first(state.sum + (r - r0), count), top = load_first(state.maximum + (r - r0), count);
-    store_first(lse + r, sum == 0 ? splat<C>(unseen_lse) : fma(top, splat<C>(c), vlog(sum)), count);
-    if (p.maximum) store_first(static_cast<C*>(p.maximum) + first + r, top, count);
-    if (p.sum) store_first(static_cast<C*>(p.sum) + first + r, sum, count);
-  }
+  store_sums(p, item, r0, r1 - r0, state.maximum, state.sum);
 }
 
 template <class T>
@@ -148,9 +144,10 @@ inline void attention_forward(const AttentionParams& p) {
   const AttentionPlan plan = attention_plan<C>(p);
   const int64_t stride = (p.value_dim + NR - 1) / NR * NR;
   const int64_t state_size = AttentionState<C>::size(plan.task_rows, stride);
-  const int64_t memory_size = plan.decode
-                                  ? decode_memory<C>(p, plan.rows)
-                                  : (plan.task_rows + kAttentionKeys) * p.head_dim + kAttentionKeys * (stride + MR);
+  const int64_t memory_size =
+      plan.decode      ? decode_memory<C>(p, plan.rows)
+      : plan.one_block ? short_memory<C>(p, plan.task_rows)
+                       : (plan.task_rows + kAttentionKeys) * p.head_dim + kAttentionKeys * (stride + MR);
   const int64_t results = plan.parts > 1 ? plan.items * plan.parts * plan.chunks : 0;
   Scratch<C> partial(results * state_size);
 
@@ -160,13 +157,17 @@ inline void attention_forward(const AttentionParams& p) {
   const int threads = static_cast<int>(std::min<int64_t>(worth_threads(p.threads, flops, bytes), tasks));
   TaskQueue queue(tasks);
   parallel(threads, [&](int, int) {
-    Scratch<C> memory(memory_size + state_size);
+    Scratch<C> memory(memory_size + (plan.one_block ? 0 : state_size));
     for (int64_t task; queue.take(task);) {
       // Later rows first: with a causal limit they take longest.
       const int64_t part = task % plan.parts, item = task / plan.parts % plan.items;
       const int64_t chunk = plan.chunks - 1 - task / plan.parts / plan.items;
       const int64_t r0 = chunk * plan.task_rows, r1 = std::min(r0 + plan.task_rows, plan.rows);
       const int64_t k0 = part * plan.part_keys, k1 = std::min(k0 + plan.part_keys, p.key_length);
+      if (plan.one_block) {
+        attend_short<T>(p, item, r0, r1, memory.data());
+        continue;
+      }
       C* const at = plan.parts > 1 ? partial + ((chunk * plan.items + item) * plan.parts + part) * state_size
                                    : memory + memory_size;
       const AttentionState<C> state(at, plan.task_rows, stride);

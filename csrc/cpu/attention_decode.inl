@@ -21,7 +21,8 @@ struct AttentionState {
   int64_t stride;  // of acc
   AttentionState(C* memory, int64_t rows, int64_t stride)
       : acc(memory), maximum(acc + rows * stride), sum(maximum + rows), stride(stride) {}
-  static int64_t size(int64_t rows, int64_t stride) { return (rows * (stride + 2) + 15) / 16 * 16; }
+  // A vector may be read from the last sum on.
+  static int64_t size(int64_t rows, int64_t stride) { return (rows * (stride + 2) + kLanes<C> + 15) / 16 * 16; }
   void clear(int64_t rows) const {
     std::fill_n(acc, rows * stride, C(0));
     std::fill_n(maximum, rows, kNegativeInfinity<C>);
@@ -68,6 +69,39 @@ inline void softmax_strip(int64_t rows, int64_t padded, int64_t stride, C c, C* 
       total += e;
     }
     sum[i] = sum[i] * alpha[i] + reduce_add<C>(total);
+  }
+}
+// Scores of a row become exponentials below their maximum, whose sum is returned.
+template <class C>
+__attribute__((noinline)) C softmax_row(int64_t padded, C c, C* score, C& maximum) {
+  constexpr int L = kLanes<C>;
+  Vec<C> top = load(score);
+  for (int64_t j = L; j < padded; j += L) top = vmax(load(score + j), top);
+  maximum = reduce_max<C>(top);
+  const C safe = maximum == kNegativeInfinity<C> ? C(0) : maximum;
+  const Vec<C> shift = splat<C>(-safe * c), factor = splat<C>(c);
+  Vec<C> total = zero<C>();
+  for (int64_t j = 0; j < padded; j += L) {
+    const Vec<C> e = vexp2_nonpositive(fma(load(score + j), factor, shift));
+    store(score + j, e);
+    total += e;
+  }
+  return reduce_add<C>(total);
+}
+
+// Stores the log of the sums of exponentials of rows [r, r + rows), which lie one after the other, and what they come from.
+// Whole vectors of both may be read.
+template <class C>
+inline void store_sums(const AttentionParams& p, int64_t item, int64_t r, int64_t rows, const C* maximum, const C* sum) {
+  const C c = score_factor<C>(p) / kLog2E<C>, unseen = value_of_unseen<C>(p);
+  const C unseen_lse = unseen == C(0) ? kNegativeInfinity<C> : unseen;
+  const int64_t first = item * p.group * p.query_length + r;
+  for (int64_t i = 0; i < rows; i += kLanes<C>) {
+    const Vec<C> total = load(sum + i), top = load(maximum + i);
+    store_first(static_cast<C*>(p.lse) + first + i, total == 0 ? splat<C>(unseen_lse) : fma(top, splat<C>(c), vlog(total)),
+                rows - i);
+    if (p.maximum) store_first(static_cast<C*>(p.maximum) + first + i, top, rows - i);
+    if (p.sum) store_first(static_cast<C*>(p.sum) + first + i, total, rows - i);
   }
 }
 template <class C>
@@ -178,13 +212,6 @@ FASTNN_INLINE void decode_values(const C* weight, const T* value, int64_t value_
       store(a, fma(load(a), splat<C>(alpha[i]), sum[i]));
     }
   }
-}
-
-// Asks for `count` rows of `width` elements: the arithmetic on what is here hides the way of what comes next.
-template <class T>
-FASTNN_INLINE void prefetch_rows(const T* data, int64_t stride, int64_t count, int64_t width) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t e = 0; e < width; e += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(data + i * stride + e);
 }
 
 // Calls f(std::integral_constant<int, ROWS>, first row) for groups of 4 rows and one of the rest.

@@ -2,7 +2,7 @@
 // causal and window limits), the exponential of softmax, and the dropout mask.
 //
 // Scores leave here as s with a factor c, so that softmax takes 2^(c·s - c·max): scale and log2(e) cost nothing where
-// there is no mask. exp2 is a polynomial of degree 6 (relative error 1.6e-8 before rounding, 1 ulp after).
+// there is no mask. exp2 is a polynomial of degree 5 (relative error 1.1e-7 before rounding, at most 2.1 ulp after).
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
@@ -17,14 +17,18 @@ inline constexpr C kLog2E = C(1.44269504088896340735992468100189214);
 template <class C>
 inline constexpr C kNegativeInfinity = -std::numeric_limits<C>::infinity();
 
-// 2^x for x <= 0 (a rounding error above it is fine); 0 below the smallest normal number, so 0 for -infinity; NaN stays.
+// 2^x for x <= 0 (a rounding error above it is fine); 0 where it would be half of the smallest normal number or less, so
+// for -infinity; NaN stays. Added to the bias of the exponent and 1.5 · 2^23, x rounds to an integer whose low bits are those
+// of the exponent of 2^x; 0 of them make the factor 0.
 FASTNN_INLINE Vec<float> vexp2_nonpositive(Vec<float> x) {
-  constexpr float p[] = {1.0f, 0.69314718f, 0.24022646f, 0.055503286f, 0.009618489f, 0.00133999309f, 0.000153458110f};
-  const Vec<float> low = x < -126.0f ? splat(-126.0f) : x;
-  const Vec<float> shifted = low + 12582912.0f;  // 1.5 · 2^23: the integer lands in the low bits
-  const Vec<int32_t> n = bitcast<Vec<int32_t>>(shifted) - bitcast<int32_t>(12582912.0f);
-  const Vec<float> y = polynomial(low - (shifted - 12582912.0f), p) * power_of_two(n);
-  return x < -126.0f ? zero<float>() : y;
+  constexpr float p[] = {0.00132647273f, 0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
+  constexpr float magic = 12582912.0f + 127.0f;
+  const Vec<float> low = vmax(splat(-127.0f), x);
+  const Vec<float> shifted = low + magic, part = low - (shifted - magic);
+  Vec<float> y = splat(p[0]);  // Horner's scheme: the calls of a loop overlap, and it has the fewest products
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; ++i) y = fma(y, part, splat(p[i]));
+  return y * bitcast<Vec<float>>(bitcast<Vec<int32_t>>(shifted) << 23);
 }
 FASTNN_INLINE Vec<double> vexp2_nonpositive(Vec<double> x) {
   constexpr double p[] = {1.0,
@@ -41,11 +45,10 @@ FASTNN_INLINE Vec<double> vexp2_nonpositive(Vec<double> x) {
                           4.44553827187081e-10,
                           2.5678435993488196e-11,
                           1.3691488853904124e-12};
-  const Vec<double> low = x < -1022.0 ? splat(-1022.0) : x;
-  const Vec<double> shifted = low + 6755399441055744.0;  // 1.5 · 2^52
-  const Vec<int64_t> n = bitcast<Vec<int64_t>>(shifted) - bitcast<int64_t>(6755399441055744.0);
-  const Vec<double> y = polynomial(low - (shifted - 6755399441055744.0), p) * bitcast<Vec<double>>((n + 1023) << 52);
-  return x < -1022.0 ? zero<double>() : y;
+  constexpr double magic = 6755399441055744.0 + 1023.0;  // 1.5 · 2^52
+  const Vec<double> low = vmax(splat(-1023.0), x);
+  const Vec<double> shifted = low + magic;
+  return polynomial(low - (shifted - magic), p) * bitcast<Vec<double>>(bitcast<Vec<int64_t>>(shifted) << 52);
 }
 template <class C>
 FASTNN_INLINE C exp2_nonpositive(C x) {
@@ -104,29 +107,25 @@ inline C value_of_unseen(const AttentionParams& p) {
   return p.nan_unseen && p.key_length > 0 ? std::numeric_limits<C>::quiet_NaN() : C(0);
 }
 
+// s = s · scale + mask.
 template <class C, class M>
-inline void add_mask(const M* mask, int64_t stride, int64_t count, C* s) {
+inline void add_mask(const M* mask, int64_t stride, int64_t count, C scale, C* s) {
+  constexpr int L = kLanes<C>;
+  int64_t j = 0;
   if (stride == 0) {
-    const C x = static_cast<C>(load_one(mask));
-    for (int64_t j = 0; j < count; ++j) s[j] += x;
+    const Vec<C> x = splat<C>(static_cast<C>(load_one(mask)));
+    for (; j + L <= count; j += L) store(s + j, fma(load(s + j), splat<C>(scale), x));
   } else if constexpr (std::is_same_v<Compute<M>, C>) {
-    if (stride == 1) {
-      int64_t j = 0;
-      for (; j + kLanes<C> <= count; j += kLanes<C>) store(s + j, load(s + j) + load(mask + j));
-      for (; j < count; ++j) s[j] += load_one(mask + j);
-    } else {
-      for (int64_t j = 0; j < count; ++j) s[j] += load_one(mask + j * stride);
-    }
-  } else {
-    for (int64_t j = 0; j < count; ++j) s[j] += static_cast<C>(load_one(mask + j * stride));
+    for (; stride == 1 && j + L <= count; j += L) store(s + j, fma(load(s + j), splat<C>(scale), load(mask + j)));
   }
+  for (; j < count; ++j) s[j] = s[j] * scale + static_cast<C>(load_one(mask + j * stride));
 }
 template <class C>
-inline void apply_bool_mask(const uint8_t* mask, int64_t stride, int64_t count, C* s) {
+inline void apply_bool_mask(const uint8_t* mask, int64_t stride, int64_t count, C scale, C* s) {
   if (stride == 1) {
-    for (int64_t j = 0; j < count; ++j) s[j] = mask[j] ? s[j] : kNegativeInfinity<C>;
+    for (int64_t j = 0; j < count; ++j) s[j] = mask[j] ? s[j] * scale : kNegativeInfinity<C>;
   } else {
-    for (int64_t j = 0; j < count; ++j) s[j] = mask[j * stride] ? s[j] : kNegativeInfinity<C>;
+    for (int64_t j = 0; j < count; ++j) s[j] = mask[j * stride] ? s[j] * scale : kNegativeInfinity<C>;
   }
 }
 
@@ -136,7 +135,7 @@ template <class T, class C = Compute<T>>
 inline void finish_scores(const AttentionParams& p, const Row& row, int64_t k0, int64_t count, int64_t padded, C* s,
                           C* slope = nullptr) {
   if (has_score_pass(p)) {
-    const C scale = p.head_dim == 0 ? C(1) : static_cast<C>(p.scale);
+    C scale = p.head_dim == 0 ? C(1) : static_cast<C>(p.scale);
     if (p.softcap != 0) {
       const C inner = static_cast<C>(scale / p.softcap), cap = static_cast<C>(p.softcap);
       for (int64_t j = 0; j < padded; j += kLanes<C>) {
@@ -144,20 +143,23 @@ inline void finish_scores(const AttentionParams& p, const Row& row, int64_t k0, 
         store(s + j, t * cap);
         if (slope) store(slope + j, C(1) - t * t);
       }
-    } else {
-      for (int64_t j = 0; j < padded; j += kLanes<C>) store(s + j, load(s + j) * scale);
+      scale = C(1);
     }
     const int64_t at = p.mask_type == AttentionMask::None
                            ? 0
                            : p.mask.offset[row.head] + row.query * p.mask.row_stride + k0 * p.mask.col_stride;
     switch (p.mask_type) {
-      case AttentionMask::None: break;
-      case AttentionMask::Bool:
-        apply_bool_mask(static_cast<const uint8_t*>(p.mask.data) + at, p.mask.col_stride, count, s);
+      case AttentionMask::None:
+        for (int64_t j = 0; j < padded; j += kLanes<C>) store(s + j, load(s + j) * scale);
         break;
-      case AttentionMask::Query: add_mask(static_cast<const T*>(p.mask.data) + at, p.mask.col_stride, count, s); break;
+      case AttentionMask::Bool:
+        apply_bool_mask(static_cast<const uint8_t*>(p.mask.data) + at, p.mask.col_stride, count, scale, s);
+        break;
+      case AttentionMask::Query:
+        add_mask(static_cast<const T*>(p.mask.data) + at, p.mask.col_stride, count, scale, s);
+        break;
       case AttentionMask::Float32:
-        add_mask(static_cast<const float*>(p.mask.data) + at, p.mask.col_stride, count, s);
+        add_mask(static_cast<const float*>(p.mask.data) + at, p.mask.col_stride, count, scale, s);
         break;
     }
   }
@@ -189,23 +191,46 @@ inline void pack_strip(const AttentionParams& p, const AttentionOperand& x, int6
   }
 }
 
-// Packs positions [k0, k0 + count) of key or value so that positions are columns: panels [depth][NR].
+// Asks for `count` rows of `width` elements: the arithmetic on what is here hides the way of what comes next.
+template <class T>
+FASTNN_INLINE void prefetch_rows(const T* data, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t e = 0; e < width; e += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(data + i * stride + e);
+}
+
+// Packs positions [k0, k0 + count) of key or value so that positions are columns: panels [depth][NR]. Rows lie far apart,
+// so the next ones are asked for.
 template <class C, class T>
 inline void pack_positions_as_columns(const AttentionOperand& x, int64_t offset, int64_t k0, int64_t count,
                                       int64_t depth, C* dst) {
   constexpr int64_t NR = kNR<C>;
   const T* data = static_cast<const T*>(x.data) + offset + k0 * x.row_stride;
-  for (int64_t j = 0; j < count; j += NR)
+  for (int64_t j = 0; j < count; j += NR) {
+    if (x.col_stride == 1)
+      prefetch_rows(data + (j + NR) * x.row_stride, x.row_stride, std::min(NR, count - j - NR), depth);
     pack_panel<NR>(data + j * x.row_stride, x.row_stride, x.col_stride, std::min(NR, count - j), depth,
                    dst + j * depth);
+  }
 }
 // … and so that features are columns: panels [count][NR].
 template <class C, class T>
 inline void pack_features_as_columns(const AttentionOperand& x, int64_t offset, int64_t k0, int64_t count,
                                      int64_t depth, C* dst) {
-  constexpr int64_t NR = kNR<C>;
+  constexpr int64_t NR = kNR<C>, L = kLanes<C>, AHEAD = 8;
   const T* data = static_cast<const T*>(x.data) + offset + k0 * x.row_stride;
-  for (int64_t n = 0; n < depth; n += NR)
+  int64_t n = 0;
+  if (x.col_stride == 1) {  // whole rows, of all panels that are full
+    for (int64_t k = 0; k < count; ++k) {
+      prefetch_rows(data + (k + AHEAD) * x.row_stride, 0, k + AHEAD < count, depth);
+      const T* const row = data + k * x.row_stride;
+      for (n = 0; n + NR <= depth; n += NR) {
+        C* const to = dst + n * count + k * NR;
+        store(to, load(row + n));
+        store(to + L, load(row + n + L));
+      }
+    }
+  }
+  for (; n < depth; n += NR)
     pack_panel<NR>(data + n * x.col_stride, x.col_stride, x.row_stride, std::min(NR, depth - n), count,
                    dst + n * count);
 }
@@ -250,24 +275,30 @@ inline Strip<C> strip_in_place(const AttentionOperand& x, int64_t head, int64_t 
 
 // s[i * stride + j] = strip of queries (or gradients) times packed positions; columns up to a multiple of NR.
 template <class C>
-inline void strip_products(const Strip<C>& strip, const C* panels, int64_t rows, int64_t count, int64_t depth, C* s,
+__attribute__((noinline)) void strip_products(const Strip<C>& strip, const C* panels, int64_t rows, int64_t count, int64_t depth, C* s,
                            int64_t stride) {
   constexpr int64_t NR = kNR<C>;
-  for (int64_t j = 0; j < count; j += NR) {
-    with_rows<C>(rows, [&](auto height) {
+  const auto each = [&](const auto& multiply) __attribute__((always_inline)) {
+    with_rows<C>(rows, [&](auto height) __attribute__((always_inline)) {
       constexpr int ROWS = decltype(height)::value;
-      Tile<C, ROWS> tile;
-      if (strip.row_stride) {
-        micro_kernel_strided<C, ROWS>(depth, strip.data, strip.row_stride, 1, panels + j * depth, tile);
-      } else {
-        micro_kernel<C, ROWS>(depth, strip.data, panels + j * depth, next_panel(panels + (j + NR) * depth, depth, 0, 1),
-                              tile);
-      }
+      for (int64_t j = 0; j < count; j += NR) {
+        Tile<C, ROWS> tile;
+        multiply(panels + j * depth, tile);
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) {
-        store(s + i * stride + j, tile.acc[i][0]);
-        store(s + i * stride + j + kLanes<C>, tile.acc[i][1]);
+        for (int i = 0; i < ROWS; ++i) {
+          store(s + i * stride + j, tile.acc[i][0]);
+          store(s + i * stride + j + kLanes<C>, tile.acc[i][1]);
+        }
       }
+    });
+  };
+  if (strip.row_stride) {
+    each([&]<int ROWS>(const C* panel, Tile<C, ROWS>& tile) __attribute__((always_inline)) {
+      micro_kernel_strided<C, ROWS>(depth, strip.data, strip.row_stride, 1, panel, tile);
+    });
+  } else {
+    each([&]<int ROWS>(const C* panel, Tile<C, ROWS>& tile) __attribute__((always_inline)) {
+      micro_kernel<C, ROWS>(depth, strip.data, panel, next_panel(panel + NR * depth, depth, 0, 1), tile);
     });
   }
 }
