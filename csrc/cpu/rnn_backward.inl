@@ -18,18 +18,18 @@ template <class C>
 struct RnnRowsB {
   static constexpr bool kPrepacked = false;
   const C* const* rows;
-  int group() const { return 1; }
-  void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* panel) const {
+  int group() const { return 4; }  // panels at a time: one panel's run of a row is a single cache line
+  void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, C* to) const {
     constexpr int L = kLanes<C>, NR = kNR<C>;
     for (int64_t k = 0; k < depth; ++k) {
-      const C* row = rows[k0 + k] + n0;
-      C* dst = panel + k * NR;
-      if (cols == NR) {
-        store(dst, load(row));
-        store(dst + L, load(row + L));
-      } else {
-        for (int64_t j = 0; j < NR; ++j) dst[j] = j < cols ? row[j] : C(0);
+      const C* const row = rows[k0 + k] + n0;
+      C* dst = to + k * NR;
+      int64_t n = 0;
+      for (; n + NR <= cols; n += NR, dst += depth * NR) {
+        store(dst, load(row + n));
+        store(dst + L, load(row + n + L));
       }
+      for (int64_t j = 0; n < cols && j < NR; ++j) dst[j] = n + j < cols ? row[n + j] : C(0);
     }
   }
 };
