@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "fastnn/types.h"
 
@@ -98,6 +99,8 @@ inline std::optional<std::string_view> optional_string_argument(const char* op, 
                          Py_TYPE(h.ptr())->tp_name + ".");
   return std::string_view(text, size);
 }
+// Whether the weights are still as the stamp says, and may be packed (frozen.cpp).
+bool fresh(py::handle stamp, const std::vector<py::handle>& weights);
 inline py::object wrap(Tensor t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))); }
 
 }  // namespace fastnn::bindings

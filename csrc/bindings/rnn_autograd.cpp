@@ -138,6 +138,46 @@ py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py
                         wrap(std::get<2>(std::move(y))));
 }
 
+// A step of a cell's module from its own parameters: what Python would do on the long way takes as long as a small kernel.
+// kept: None, or (stamp, {(mode,): packed}, …) of fastnn/nn/_frozen.py. None where anything is not plain: then the long way.
+py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx, py::handle cx, py::handle mode,
+                    py::handle kept) {
+  if (!THPVariable_Check(input.ptr()) || !THPVariable_Check(hx.ptr()) || !plain(input) || !plain(hx) || !plain(cx))
+    return py::none();
+  const Tensor &x = THPVariable_Unpack(input.ptr()), &h = THPVariable_Unpack(hx.ptr());
+  const OptionalTensor c = optional_tensor_argument("rnn", "cx", cx);
+  if (x.dim() != 2 || h.dim() != 2 || (c && c->dim() != 2) || !served(x) || !served(h) || !served(c)) return py::none();
+  static PyObject* const names[] = {PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
+                                    PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};
+  std::vector<py::handle> given;
+  Tensors weights;
+  for (PyObject* const name : names) {
+    const py::handle w = PyDict_GetItemWithError(parameters.ptr(), name);
+    if (!w || (!w.is_none() && !plain(w))) return py::none();
+    if (w.is_none()) continue;
+    given.push_back(w);
+    weights.push_back(tensor_argument("rnn", "weights", w));
+    if (!served(weights.back())) return py::none();
+  }
+  if (weights.size() % 2 != 0) return py::none();
+  Tensors packed;
+  if (!kept.is_none()) {
+    if (!fresh(PyTuple_GetItem(kept.ptr(), 0), given)) return py::none();
+    const py::handle panels = PyDict_GetItemWithError(PyTuple_GetItem(kept.ptr(), 1), py::make_tuple(mode).ptr());
+    if (!panels) return py::none();
+    packed.push_back(tensor_argument("rnn", "packed", panels));
+  }
+  const Mode name = *optional_string_argument("rnn", "mode", mode);
+  Outputs y;
+  {
+    py::gil_scoped_release no_gil;
+    y = rnn_op().call(x, std::nullopt, h, c, weights, name,
+                      packed.empty() ? std::nullopt : OptionalTensorList(packed));
+  }
+  if (!c) return wrap(std::get<0>(std::move(y)));
+  return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<2>(std::move(y))));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -158,6 +198,8 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) { m.impl("rnn", rnn_autograd); }
 void bind_rnn(py::module_& m) {
   m.def("rnn", rnn_entry, py::arg("input"), py::arg("batch_sizes"), py::arg("hx"), py::arg("cx"), py::arg("weights"),
         py::arg("mode"), py::arg("packed") = py::none());
+  m.def("rnn_cell", rnn_cell, py::arg("parameters"), py::arg("input"), py::arg("hx"), py::arg("cx"), py::arg("mode"),
+        py::arg("kept"));
   m.def("_rnn_packed_size", [](const std::string& mode, int64_t input_size, int64_t hidden_size, int64_t state_size,
                                bool project, bool is_double) {
     for (const RnnModeRow& row : kRnnModes)

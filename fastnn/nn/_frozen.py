@@ -47,15 +47,19 @@ class Frozen:
             return None
         alone = not isinstance(weights, list)
         given = [weights] if alone else weights
-        stamp = _C.stamp(given)
-        if stamp is None:
-            return None
-        how, kept = arguments(), self._pack
+        kept = self._pack
+        if kept is not None and _C.fresh(kept[0], given):
+            stamp = kept[0]
+        else:
+            stamp = _C.stamp(given)
+            if stamp is None:
+                return None
+        how = arguments()
         if how is None:
             return None
-        if kept is None or kept[0] != stamp or how not in kept[1]:
+        if kept is None or kept[0] is not stamp or how not in kept[1]:
             with torch.inference_mode(False), torch.no_grad():
-                if kept is None or kept[0] != stamp:
+                if kept is None or kept[0] is not stamp:
                     # The weights are kept too: while they and their storages live, no other has their identity and address.
                     kept = self._pack = (stamp, {}, [w.detach() for w in given], given)
                 kept[1][how] = pack(kept[2][0] if alone else kept[2], *how)
