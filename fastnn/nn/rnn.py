@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn import functional
 from fastnn.functional.rnn import rnn
 from fastnn.nn._frozen import Frozen, parameters
+from fastnn.nn._rnn_regularized import Regularized
 
 
 def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
@@ -17,7 +18,7 @@ def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
     return [torch.ops.fastnn.rnn_pack(weights[i : i + each], mode) for i in range(0, len(weights), each)]
 
 
-class _Recurrent(Frozen, torch.nn.RNNBase):
+class _Recurrent(Frozen, Regularized):
     """What RNN, LSTM and GRU share. Not subclasses of torch.nn.LSTM and its sisters: on those Dynamo breaks the graph."""
 
     def flatten_parameters(self) -> None:
@@ -29,8 +30,8 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
     def _packs(self, weights: list[Tensor]) -> list[Tensor] | None:
         """Return the packed weights of each layer and direction; None where they may not be kept."""
-        if not all(map(self._parameters.__contains__, self._flat_weights_names)):
-            return None  # parametrized: other tensors at each call
+        if self._drops or not all(map(self._parameters.__contains__, self._flat_weights_names)):
+            return None  # dropped or parametrized: other tensors at each call
         return self._packed(
             weights, _pack_stack, lambda: (self.mode, self.num_layers * (2 if self.bidirectional else 1))
         )
@@ -91,6 +92,8 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
         h, c = hx if self.mode == "LSTM" else (hx, None)
         weights = self._weights()
+        if self._drops:
+            weights = self._dropped(weights)
         output, h_n, c_n = rnn(
             input,
             batch_sizes,
@@ -116,7 +119,18 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
 
 class RNN(_Recurrent):
-    r"""h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNN``."""
+    r"""h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNN``.
+
+    Args:
+        *args, **kwargs: as ``torch.nn.RNN``'s.
+        recurrent_dropout: p of DropConnect, by keyword only. In training, once a call, ``W_hh ⊙ m / (1 - p)`` stands for
+            the ``W_hh`` of each layer and direction, each entry of m being 0 with probability p, else 1.
+
+    Raises:
+        ValueError: ``recurrent_dropout`` outside [0, 1), or what ``torch.nn.RNN`` refuses.
+
+    Source: ``torch.nn.RNN``; recurrent_dropout: Merity, Keskar and Socher, arXiv 1708.02182.
+    """
 
     # The constructor of torch.nn.RNN, whose super() would look for that class among ours.
     def __init__(self, *args, **kwargs) -> None:
@@ -132,7 +146,10 @@ class RNN(_Recurrent):
 
 
 class GRU(_Recurrent):
-    r"""h_t = (1 - z) n + z h_{t-1}; arguments, shapes and state_dict of ``torch.nn.GRU``."""
+    r"""h_t = (1 - z) n + z h_{t-1}; arguments, shapes and state_dict of ``torch.nn.GRU``.
+
+    ``recurrent_dropout`` is that of :class:`RNN`.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         if "proj_size" in kwargs:
@@ -141,7 +158,10 @@ class GRU(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    r"""c_t = f c_{t-1} + i g, h_t = o tanh(c_t); arguments (proj_size too), shapes and state_dict of ``torch.nn.LSTM``."""
+    r"""c_t = f c_{t-1} + i g, h_t = o tanh(c_t); arguments (proj_size too), shapes and state_dict of ``torch.nn.LSTM``.
+
+    ``recurrent_dropout`` is that of :class:`RNN`.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
