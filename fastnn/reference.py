@@ -329,9 +329,15 @@ def rnn_step(
 
 
 def rnn(
-    input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor | None, weights: Sequence[Tensor], mode: str
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    zoneout: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One recurrent layer over a sequence, arguments and results as those of the op ``fastnn::rnn``.
+    """One recurrent layer over a sequence, arguments and results as those of the op ``fastnn::rnn``, and zoneout.
 
     Args:
         input: ``[steps, batch, I]``; ``[rows, I]`` of a packed sequence with batch_sizes; ``[batch, I]`` for one step.
@@ -339,6 +345,7 @@ def rnn(
         hx, cx: ``[directions, batch, P]`` and ``[directions, batch, H]``; without directions for one step.
         weights: for each direction as :func:`rnn_step` takes them.
         mode: ``RNN_TANH RNN_RELU LSTM GRU``.
+        zoneout: m of ``h_t = m h_{t-1} + (1 - m) h̃_t``: a number, ``[directions, rows, P]`` of zeros and ones, or None: 0.
 
     Returns:
         output, h_n (empty for one step), c_n (empty but for LSTM).
@@ -354,10 +361,11 @@ def rnn(
     for d in range(directions):
         w = weights[d * each : (d + 1) * each]
         h, c, ys = hx[d], None if cx is None else cx[d], [xs[0]] * len(xs)
+        kept = zoneout[d].split([len(x) for x in xs]) if isinstance(zoneout, Tensor) else [zoneout] * len(xs)
         for t in range(len(xs)) if d == 0 else reversed(range(len(xs))):
             n = len(xs[t])
             y, cell = rnn_step(xs[t], h[:n], None if c is None else c[:n], w, mode)
-            ys[t] = y
+            ys[t] = y = y if zoneout is None else kept[t] * h[:n] + (1 - kept[t]) * y
             h = torch.cat((y, h[n:]))
             c = None if c is None else torch.cat((cell, c[n:]))
         outputs.append(torch.stack(ys) if batch_sizes is None else torch.cat(ys))

@@ -1,6 +1,7 @@
 """recurrent_dropout, zoneout and layer_norm of the recurrent layers."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastnn
-from fastnn import nn, testing
+from fastnn import nn, reference, testing
 
 KINDS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM_PROJ")
 P = 0.25
-OPTIONS = ("recurrent_dropout",)
+STEPS = ({"zoneout": P},)  # options that no kernel has
+OPTIONS = ("recurrent_dropout", "zoneout")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +131,165 @@ def test_recurrent_dropout_is_drawn_at_each_call():
         torch.testing.assert_close(own(x)[0], copy.deepcopy(fastnn.restore(own))(x)[0])
 
 
+# ------------------------------------------------------------------------------------------------ the step-by-step path
+
+
+def oracle(module, x, hx, draw=None):
+    """The module in float64, a step and a sequence at a time as fastnn.reference has it; ``draw`` gives zoneout's masks."""
+    directions = 2 if module.bidirectional else 1
+    data, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
+    h_0, c_0 = (t.double() for t in hx) if module.mode == "LSTM" else (hx.double(), None)
+    data, ends = data.double(), []
+    for layer in range(module.num_layers):
+        span = slice(layer * directions, (layer + 1) * directions)
+        weights = [getattr(module, name).double() for names in module._all_weights[span] for name in names]
+        zoneout = module.zoneout or None
+        if zoneout and draw:
+            rows = data.shape[:-1].numel()
+            zoneout = torch.stack([draw((rows, h_0.shape[-1])) < zoneout for _ in range(directions)]).double()
+        data, *end = reference.rnn(
+            data, sizes, h_0[span], None if c_0 is None else c_0[span], weights, module.mode, zoneout
+        )
+        ends.append(end)
+    h_n, c_n = (torch.cat(part) for part in zip(*ends, strict=True))
+    return [data, h_n] if c_0 is None else [data, h_n, c_n]
+
+
+def gradients(ys, wanted):
+    loss = sum((y * torch.arange(1.0, y.numel() + 1).view_as(y).sin()).sum() for y in ys)
+    return torch.autograd.grad(loss, wanted, retain_graph=True)
+
+
+def problem(kind, packed, dtype=torch.float64, **kwargs):
+    """A module, its input and its states; the input is a leaf that wants a gradient."""
+    module = build(kind, **kwargs).to(dtype)
+    data = torch.randn(4, 3, 5, dtype=torch.float64).to(dtype).requires_grad_()
+    x = pack_sequence([data[:n, i] for i, n in enumerate((4, 2, 2))]) if packed else data
+    return module, data, x, states(module, 3, dtype)
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_the_formula(kind, options, train, packed):
+    for kwargs in ({}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "bidirectional": True}):
+        module, data, x, hx = problem(kind, packed, **kwargs, **options)
+        module.train(train)
+        ys = seeded(module, x, hx)
+        torch.manual_seed(7)
+        zs = oracle(module, x, hx, torch.rand if train else None)
+        wanted = [data, *module.parameters()]
+        for a, b in zip([*ys, *gradients(ys, wanted)], [*zs, *gradients(zs, wanted)], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind, options, dtype):
+    module, data, x, hx = problem(kind, False, dtype, **options)
+    ys = tensors(module.eval()(x, hx))
+    for y, z in zip(ys, oracle(module, x, hx), strict=True):
+        assert y.dtype == dtype
+        testing.assert_close_to_oracle(y, z, 1 + z.abs(), c=32)
+    assert all(g.dtype == dtype for g in gradients(ys, [data, *module.parameters()]))
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind, options):
+    module, data, _, hx = problem(kind, False, **options, bidirectional=True)
+    inputs = [data[:2, :2].detach().requires_grad_(), *(t[:, :2].clone().requires_grad_() for t in tensors(hx))]
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def f(x, h, *rest):
+        state, weights = ((h, rest[0]), rest[1:]) if module.mode == "LSTM" else (h, rest)
+        torch.manual_seed(7)  # the same masks each time
+        y = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, state))
+        return tuple(tensors(y))
+
+    assert torch.autograd.gradcheck(f, (*inputs, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (*inputs, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_every_form(kind, options):
+    """batch_first, unbatched, without a state, packed and not sorted: each is the batch, seen another way."""
+    kwargs = dict(num_layers=2, bidirectional=True, dropout=0.5)
+    module = build(kind, **kwargs, **options).double()
+    other = build(kind, **kwargs, **options, batch_first=True).double()
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    y, *ends = seeded(module, x)
+    z, *others = seeded(other, x.transpose(0, 1))
+    same([z.transpose(0, 1), *others], [y, *ends])
+    zero = tensors(states(module, 3, torch.float64))
+    zero = [t.zero_() for t in zero]
+    same(seeded(module, x, tuple(zero) if module.mode == "LSTM" else zero[0]), [y, *ends])
+    module.eval(), other.eval()
+    y, *ends = tensors(module(x))
+    torch.testing.assert_close(tensors(module(x[:, 1])), [y[:, 1], *(t[:, 1] for t in ends)])
+    torch.testing.assert_close(tensors(other(x[:, 1])), [y[:, 1], *(t[:, 1] for t in ends)])
+    lengths = (2, 4, 1)
+    packed, *ends = tensors(module(pack_sequence([x[:n, i] for i, n in enumerate(lengths)], enforce_sorted=False)))
+    for i, n in enumerate(lengths):
+        _, *alone = tensors(module(x[:n, i]))
+        torch.testing.assert_close([t[:, i] for t in ends], alone)
+    assert module(x[:, :0])[0].shape == (4, 0, y.shape[-1])
+    meta = copy.deepcopy(module).to("meta")
+    assert [t.shape for t in tensors(meta(x.to("meta")))] == [t.shape for t in tensors(module(x))]
+
+
+def test_no_product_is_left_to_torch():
+    for kind in KINDS:
+        module, _, x, hx = problem(kind, True, torch.float32, zoneout=P)
+        testing.assert_own_kernels(lambda module=module, x=x, hx=hx: module(x, hx)[0].data.sum().backward())
+
+
+def test_compile():
+    torch._dynamo.reset()
+    module = build("GRU", bidirectional=True, **STEPS[-1]).eval()
+    x = torch.randn(2, 2, 5, requires_grad=True)
+    wanted = [x, *module.parameters()]
+    ys, zs = tensors(torch.compile(module, fullgraph=True, backend="aot_eager")(x)), tensors(module(x))
+    for a, b in zip([*ys, *gradients(ys, wanted)], [*zs, *gradients(zs, wanted)], strict=True):
+        torch.testing.assert_close(a, b)
+    packed = pack_sequence([x[:, 0].detach(), x[:1, 1].detach()])
+    torch.testing.assert_close(torch.compile(module, backend="eager")(packed)[0].data, module(packed)[0].data)
+    module.train()
+    assert torch.compile(module, fullgraph=True, backend="eager")(x)[0].shape == (2, 2, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------- zoneout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zoneout_keeps_its_share_of_the_units(kind):
+    """In training a unit is what it was with probability p, at each step anew; else it is what the plain layer gives."""
+    module = build(kind, 3, 100, zoneout=P)
+    x, hx = torch.randn(20, 8, 3), states(module, 8)
+    y, h_n, *c_n = seeded(module, x, hx)
+    before = torch.cat((tensors(hx)[0], y[:-1]))
+    kept = y == before
+    if kind != "RNN_RELU":  # relu gives many zeros
+        assert abs(kept.float().mean() - P) < 0.01
+        for axes in ((1, 2), (0, 2), (0, 1)):  # of each step, of each entry, of each unit
+            share = kept.float().mean(axes)
+            assert (share - P).abs().max() < 0.2
+    same([h_n[0]], [y[-1]])
+    same(seeded(module, x, hx), [y, h_n, *c_n])
+    assert not torch.equal(module(x, hx)[0], y)
+    plain = build(kind, 3, 100)
+    plain.load_state_dict(module.state_dict())
+    alone = tensors(plain(x[:1], hx))[0]
+    torch.testing.assert_close(y[:1], torch.where(kept[:1], before[:1], alone))
+    torch.testing.assert_close(tensors(module.eval()(x[:1], hx))[0], P * before[:1] + (1 - P) * alone)
+    if c_n:
+        torch.testing.assert_close(module(x[:1], hx)[1][1], plain(x[:1], hx)[1][1])  # the cell is left alone
+
+
 # ---------------------------------------------------------------------------------------------------- treated alike
 
 
@@ -137,3 +298,48 @@ def test_recurrent_dropout_is_drawn_at_each_call():
 def test_errors(name, p):
     with pytest.raises(ValueError, match=rf"^fastnn\.rnn: {name} must be a number in \[0, 1\); got "):
         nn.GRU(3, 4, **{name: p})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_calls(kind):
+    """Wrong calls raise what the plain layer raises."""
+    module, plain = build(kind, zoneout=P), build(kind)
+    x, state = torch.randn(4, 3, 5), states(plain, 3)
+    wide = tuple(t.double() for t in state) if plain.mode == "LSTM" else state.double()
+    for args in ((x[..., :2],), (x.double(),), (x[:0],), (x, wide), (x[:, :2], state), (x[0], state), (x[None],)):
+        with pytest.raises((RuntimeError, ValueError)) as expected:
+            plain(*args)
+        with pytest.raises(expected.type):
+            module(*args)
+
+
+@pytest.mark.parametrize("options", ({"recurrent_dropout": P}, *STEPS), ids=str)
+def test_treated_as_every_module(options):
+    module = build("LSTM_PROJ", num_layers=2, **options)
+    for name, value in options.items():
+        assert getattr(module, name) == value
+        assert repr(module) == f"LSTM(5, 6, proj_size=3, num_layers=2, {name}={value})"
+    x = torch.randn(4, 3, 5)
+    ys = seeded(module, x)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(twin) == repr(module)
+        same(seeded(twin, x), ys)
+    module.eval()
+    with torch.no_grad():
+        expected = tensors(module(x))
+        assert fastnn.accelerate(module, inplace=True, freeze=True) is module
+        for a, b in zip(tensors(module(x)), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert (module._pack is None) == module._step_by_step  # nothing is packed where no kernel would take it
+        fastnn.restore(module)
+        assert type(module) is nn.LSTM and repr(module) == repr(twin)  # built as fastnn's: stays
+        same(tensors(module(x)), expected)
+    (row,) = fastnn.explain(module)
+    assert row.served and ("step by step" in row.note) == module._step_by_step
+
+
+def test_a_swapped_module_is_a_plain_one():
+    stock = build("GRU", library=torch.nn)
+    fast = fastnn.accelerate(stock)
+    assert (fast.recurrent_dropout, fast.zoneout) == (0, 0) and repr(fast) == repr(stock)
+    assert vars(fastnn.restore(fast)).keys() == vars(stock).keys()

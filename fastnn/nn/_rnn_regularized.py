@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _probability(name: str, p: Any) -> float:
-    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p < 1:
+    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= float(p) < 1:
         raise ValueError(f"fastnn.rnn: {name} must be a number in [0, 1); got {p!r}.")
     return float(p)
 
@@ -21,10 +21,17 @@ class Regularized(torch.nn.RNNBase):
 
     # Of the class too: a stock module that `accelerate` swaps has no such attribute.
     recurrent_dropout = 0.0
+    zoneout = 0.0
 
-    def __init__(self, *args, recurrent_dropout: float = 0.0, **kwargs) -> None:
+    def __init__(self, *args, recurrent_dropout: float = 0.0, zoneout: float = 0.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.recurrent_dropout = _probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = _probability("zoneout", zoneout)
+
+    @property
+    def _step_by_step(self) -> bool:
+        """Whether it runs step by step, for want of a kernel."""
+        return self.zoneout > 0
 
     @property
     def _drops(self) -> bool:
@@ -37,6 +44,5 @@ class Regularized(torch.nn.RNNBase):
         return [F.dropout(w, self.recurrent_dropout) if name.startswith("weight_hh") else w for name, w in pairs]
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (
-            f", recurrent_dropout={self.recurrent_dropout}" if self.recurrent_dropout else ""
-        )
+        set_ = {name: getattr(self, name) for name in ("recurrent_dropout", "zoneout")}
+        return super().extra_repr() + "".join(f", {name}={value}" for name, value in set_.items() if value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastnn import functional
 from fastnn.functional.rnn import rnn
+from fastnn.functional.rnn_regularized import rnn_regularized
 from fastnn.nn._frozen import Frozen, parameters
 from fastnn.nn._rnn_regularized import Regularized
 
@@ -94,7 +97,11 @@ class _Recurrent(Frozen, Regularized):
         weights = self._weights()
         if self._drops:
             weights = self._dropped(weights)
-        output, h_n, c_n = rnn(
+        if self._step_by_step:
+            run = functools.partial(rnn_regularized, zoneout=self.zoneout)
+        else:
+            run = functools.partial(rnn, packed=self._packs(weights) if self._frozen else None)
+        output, h_n, c_n = run(
             input,
             batch_sizes,
             h,
@@ -107,7 +114,6 @@ class _Recurrent(Frozen, Regularized):
             train=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
-            packed=self._packs(weights) if self._frozen else None,
         )
         hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
         if packed:
@@ -125,11 +131,15 @@ class RNN(_Recurrent):
         *args, **kwargs: as ``torch.nn.RNN``'s.
         recurrent_dropout: p of DropConnect, by keyword only. In training, once a call, ``W_hh ⊙ m / (1 - p)`` stands for
             the ``W_hh`` of each layer and direction, each entry of m being 0 with probability p, else 1.
+        zoneout: p, by keyword only. In training ``m ⊙ h_{t-1} + (1 - m) ⊙ h_t`` stands for the ``h_t`` above, each entry
+            of m being 1 with probability p, else 0, at each step; in evaluation its mean, ``p h_{t-1} + (1 - p) h_t``.
+            There is no kernel for it yet: the layer runs step by step in Python, and freezing it packs nothing.
 
     Raises:
-        ValueError: ``recurrent_dropout`` outside [0, 1), or what ``torch.nn.RNN`` refuses.
+        ValueError: ``recurrent_dropout`` or ``zoneout`` outside [0, 1), or what ``torch.nn.RNN`` refuses.
 
-    Source: ``torch.nn.RNN``; recurrent_dropout: Merity, Keskar and Socher, arXiv 1708.02182.
+    Source: ``torch.nn.RNN``; recurrent_dropout: Merity, Keskar and Socher, arXiv 1708.02182; zoneout: Krueger et al.,
+    arXiv 1606.01305. Masks are drawn from torch's default generator.
     """
 
     # The constructor of torch.nn.RNN, whose super() would look for that class among ours.
@@ -148,7 +158,7 @@ class RNN(_Recurrent):
 class GRU(_Recurrent):
     r"""h_t = (1 - z) n + z h_{t-1}; arguments, shapes and state_dict of ``torch.nn.GRU``.
 
-    ``recurrent_dropout`` is that of :class:`RNN`.
+    ``recurrent_dropout`` and ``zoneout`` are those of :class:`RNN`.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -160,7 +170,7 @@ class GRU(_Recurrent):
 class LSTM(_Recurrent):
     r"""c_t = f c_{t-1} + i g, h_t = o tanh(c_t); arguments (proj_size too), shapes and state_dict of ``torch.nn.LSTM``.
 
-    ``recurrent_dropout`` is that of :class:`RNN`.
+    ``recurrent_dropout`` and ``zoneout`` are those of :class:`RNN`; zoneout is on h alone.
     """
 
     def __init__(self, *args, **kwargs) -> None:
