@@ -303,14 +303,28 @@ def _alias(x: Tensor | None) -> Tensor | None:
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
 
 
+def _normed(z: Tensor) -> Tensor:
+    """(z - mean) / sqrt(variance + 1e-5), of each row."""
+    centred = z - z.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+
+
 def rnn_step(
-    x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], mode: str
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    norms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of a recurrent layer: x ``[B, I]``, h ``[B, P]``, c ``[B, H]`` (LSTM) to the next h and c.
 
-    ``weights`` is ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``.
+    ``weights`` is ``w_ih, w_hh[, b_ih, b_hh][, w_hr]``; ``norms``, of a layer with layer norm, ``norm_ih, norm_hh``, and
+    for LSTM ``norm_c_weight, norm_c_bias``.
     """
     zx, zh = x @ weights[0].t(), h @ weights[1].t()
+    if norms is not None:
+        zx, zh = _normed(zx) * norms[0], _normed(zh) * norms[1]
     if len(weights) >= 4:
         zx, zh = zx + weights[2], zh + weights[3]
     if mode == "RNN_TANH":
@@ -324,14 +338,21 @@ def rnn_step(
         return (1 - z) * n + z * h, None
     i, f, g, o = (zx + zh).chunk(4, 1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    h = torch.sigmoid(o) * torch.tanh(c if norms is None else _normed(c) * norms[2] + norms[3])
     return (h @ weights[-1].t() if len(weights) % 2 else h), c
 
 
 def rnn(
-    input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor | None, weights: Sequence[Tensor], mode: str
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    zoneout: float | Tensor | None = None,
+    norms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One recurrent layer over a sequence, arguments and results as those of the op ``fastnn::rnn``.
+    """One recurrent layer over a sequence: the op ``fastnn::rnn``, and with zoneout and layer norm.
 
     Args:
         input: ``[steps, batch, I]``; ``[rows, I]`` of a packed sequence with batch_sizes; ``[batch, I]`` for one step.
@@ -339,6 +360,8 @@ def rnn(
         hx, cx: ``[directions, batch, P]`` and ``[directions, batch, H]``; without directions for one step.
         weights: for each direction as :func:`rnn_step` takes them.
         mode: ``RNN_TANH RNN_RELU LSTM GRU``.
+        zoneout: m of ``h_t = m h_{t-1} + (1 - m) h̃_t``: a number, ``[directions, rows, P]`` of zeros and ones, or None: 0.
+        norms: for each direction as :func:`rnn_step` takes them, or None.
 
     Returns:
         output, h_n (empty for one step), c_n (empty but for LSTM).
@@ -353,11 +376,13 @@ def rnn(
     outputs, h_n, c_n = [], [], []
     for d in range(directions):
         w = weights[d * each : (d + 1) * each]
+        own = None if norms is None else norms[d * len(norms) // directions :]
         h, c, ys = hx[d], None if cx is None else cx[d], [xs[0]] * len(xs)
+        kept = zoneout[d].split([len(x) for x in xs]) if isinstance(zoneout, Tensor) else [zoneout] * len(xs)
         for t in range(len(xs)) if d == 0 else reversed(range(len(xs))):
             n = len(xs[t])
-            y, cell = rnn_step(xs[t], h[:n], None if c is None else c[:n], w, mode)
-            ys[t] = y
+            y, cell = rnn_step(xs[t], h[:n], None if c is None else c[:n], w, mode, own)
+            ys[t] = y = y if zoneout is None else kept[t] * h[:n] + (1 - kept[t]) * y
             h = torch.cat((y, h[n:]))
             c = None if c is None else torch.cat((cell, c[n:]))
         outputs.append(torch.stack(ys) if batch_sizes is None else torch.cat(ys))

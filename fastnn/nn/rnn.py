@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -9,7 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn import functional
 from fastnn._library import _C
 from fastnn.functional.rnn import rnn
+from fastnn.functional.rnn_regularized import rnn_regularized
 from fastnn.nn._frozen import Frozen, parameters
+from fastnn.nn._rnn_regularized import Regularized
 
 
 def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
@@ -18,7 +22,7 @@ def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
     return [torch.ops.fastnn.rnn_pack(weights[i : i + each], mode) for i in range(0, len(weights), each)]
 
 
-class _Recurrent(Frozen, torch.nn.RNNBase):
+class _Recurrent(Frozen, Regularized):
     """What RNN, LSTM and GRU share. Not subclasses of torch.nn.LSTM and its sisters: on those Dynamo breaks the graph."""
 
     def flatten_parameters(self) -> None:
@@ -30,8 +34,8 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
     def _packs(self, weights: list[Tensor]) -> list[Tensor] | None:
         """Return the packed weights of each layer and direction; None where they may not be kept."""
-        if not all(map(self._parameters.__contains__, self._flat_weights_names)):
-            return None  # parametrized: other tensors at each call
+        if self._drops or not all(map(self._parameters.__contains__, self._flat_weights_names)):
+            return None  # dropped or parametrized: other tensors at each call
         return self._packed(
             weights, _pack_stack, lambda: (self.mode, self.num_layers * (2 if self.bidirectional else 1))
         )
@@ -92,7 +96,13 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
         h, c = hx if self.mode == "LSTM" else (hx, None)
         weights = self._weights()
-        output, h_n, c_n = rnn(
+        if self._drops:
+            weights = self._dropped(weights)
+        if self._step_by_step:
+            run = functools.partial(rnn_regularized, norms=parameters(self, self._norm_names), zoneout=self.zoneout)
+        else:
+            run = functools.partial(rnn, packed=self._packs(weights) if self._frozen else None)
+        output, h_n, c_n = run(
             input,
             batch_sizes,
             h,
@@ -105,7 +115,6 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
             train=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
-            packed=self._packs(weights) if self._frozen else None,
         )
         hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
         if packed:
@@ -117,7 +126,28 @@ class _Recurrent(Frozen, torch.nn.RNNBase):
 
 
 class RNN(_Recurrent):
-    r"""h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNN``."""
+    r"""h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu; arguments, shapes and state_dict of ``torch.nn.RNN``.
+
+    Args:
+        *args, **kwargs: as ``torch.nn.RNN``'s. The rest by keyword only.
+        layer_norm: ``LN(W_ih x_t) ⊙ norm_ih + b_ih`` and ``LN(W_hh h_{t-1}) ⊙ norm_hh + b_hh`` stand for the two products
+            with their biases. LN has mean 0 and variance 1 over all gates together, eps 1e-5. ``norm_ih_l0``,
+            ``norm_hh_l0`` and so on are parameters, ones at first.
+        recurrent_dropout: p of DropConnect. In training, once a call, ``W_hh ⊙ m / (1 - p)`` stands for
+            the ``W_hh`` of each layer and direction, each entry of m being 0 with probability p, else 1.
+        zoneout: p. In training ``m ⊙ h_{t-1} + (1 - m) ⊙ h_t`` stands for the ``h_t`` above, each entry
+            of m being 1 with probability p, else 0, at each step; in evaluation its mean, ``p h_{t-1} + (1 - p) h_t``.
+
+    There is no kernel for ``layer_norm`` and ``zoneout`` yet: with either the layer runs step by step in Python, each step
+    a product and a few operators, and freezing it packs nothing. Masks are drawn from torch's default generator.
+
+    Raises:
+        TypeError: ``layer_norm`` that is no bool.
+        ValueError: ``recurrent_dropout`` or ``zoneout`` outside [0, 1), or what ``torch.nn.RNN`` refuses.
+
+    Source: ``torch.nn.RNN``; layer_norm: Ba, Kiros and Hinton, arXiv 1607.06450; recurrent_dropout: Merity, Keskar and
+    Socher, arXiv 1708.02182; zoneout: Krueger et al., arXiv 1606.01305; GRU and LSTM have them as in lmnt-com/haste.
+    """
 
     # The constructor of torch.nn.RNN, whose super() would look for that class among ours.
     def __init__(self, *args, **kwargs) -> None:
@@ -133,7 +163,11 @@ class RNN(_Recurrent):
 
 
 class GRU(_Recurrent):
-    r"""h_t = (1 - z) n + z h_{t-1}; arguments, shapes and state_dict of ``torch.nn.GRU``."""
+    r"""h_t = (1 - z) n + z h_{t-1}; arguments, shapes and state_dict of ``torch.nn.GRU``.
+
+    ``layer_norm``, ``recurrent_dropout`` and ``zoneout`` are those of :class:`RNN`; the reset gate multiplies
+    ``LN(W_hn h_{t-1}) ⊙ norm_hn + b_hn``, normalised together with the other gates.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         if "proj_size" in kwargs:
@@ -142,7 +176,12 @@ class GRU(_Recurrent):
 
 
 class LSTM(_Recurrent):
-    r"""c_t = f c_{t-1} + i g, h_t = o tanh(c_t); arguments (proj_size too), shapes and state_dict of ``torch.nn.LSTM``."""
+    r"""c_t = f c_{t-1} + i g, h_t = o tanh(c_t); arguments (proj_size too), shapes and state_dict of ``torch.nn.LSTM``.
+
+    ``layer_norm``, ``recurrent_dropout`` and ``zoneout`` are those of :class:`RNN`. With layer_norm also
+    ``h_t = o tanh(LN(c_t) ⊙ norm_c_weight + norm_c_bias)``, parameters that are ones and zeros at first. What
+    is carried on as c_t has neither norm nor zoneout.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)

@@ -1,0 +1,394 @@
+"""recurrent_dropout, zoneout and layer_norm of the recurrent layers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fastnn
+from fastnn import nn, reference, testing
+
+KINDS = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM", "LSTM_PROJ")
+P = 0.25
+STEPS = ({"zoneout": P}, {"layer_norm": True}, {"layer_norm": True, "zoneout": P})  # options that no kernel has
+OPTIONS = ("recurrent_dropout", "zoneout")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def build(kind, inputs=5, hidden=6, library=nn, **kwargs):
+    """A module of one of KINDS."""
+    name = kind.split("_")[0]
+    if name == "RNN":
+        kwargs["nonlinearity"] = kind[4:].lower()
+    if kind == "LSTM_PROJ":
+        kwargs["proj_size"] = hidden // 2
+    return getattr(library, name)(inputs, hidden, **kwargs)
+
+
+def tensors(result):
+    """Every tensor of a nested result."""
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    if isinstance(result, tuple | list):
+        return [t for part in result for t in tensors(part)]
+    return [result]
+
+
+def states(module, batch, dtype=torch.float32):
+    """Random hx for a module."""
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    h = torch.randn(layers, batch, module.proj_size or module.hidden_size, dtype=dtype)
+    return (h, torch.randn(layers, batch, module.hidden_size, dtype=dtype)) if module.mode == "LSTM" else h
+
+
+def seeded(call, *args):
+    torch.manual_seed(7)
+    return tensors(call(*args))
+
+
+def same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_are_torchs(kind):
+    """Without the options: torch's state_dict, text and results; the options at their defaults change no bit."""
+    kwargs = dict(num_layers=2, bidirectional=True, dropout=0.5, batch_first=True)
+    torch.manual_seed(1)
+    stock = build(kind, library=torch.nn, **kwargs)
+    torch.manual_seed(1)
+    own = build(kind, **kwargs)
+    torch.manual_seed(1)
+    zero = build(kind, **kwargs, **dict.fromkeys(OPTIONS, 0.0), layer_norm=False)
+    for module in (own, zero):
+        assert repr(module) == repr(stock)
+        assert list(module.state_dict()) == list(stock.state_dict())
+        same(module.state_dict().values(), stock.state_dict().values())
+    x = torch.randn(3, 4, 5)
+    same(seeded(zero, x), seeded(own, x))
+    for a, b in zip(seeded(own, x), seeded(stock, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ recurrent_dropout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", (False, True))
+def test_recurrent_dropout_is_the_plain_layer_on_dropped_weights(kind, packed):
+    kwargs = dict(num_layers=2, bidirectional=True, dropout=0.5)
+    own, plain = build(kind, recurrent_dropout=P, **kwargs), build(kind, **kwargs)
+    plain.load_state_dict(own.state_dict())
+    data = [torch.randn(n, 5) for n in (4, 2, 1)]
+    x = pack_sequence(data) if packed else torch.stack([data[0]] * 3)
+    hx = states(own, 3 if packed else 4)
+    ys = seeded(own, x, hx)
+    grads = dict(
+        zip(dict(own.named_parameters()), torch.autograd.grad(ys[0].sin().sum(), own.parameters()), strict=True)
+    )
+
+    torch.manual_seed(7)
+    masks = {}
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.startswith("weight_hh"):
+                masks[name] = F.dropout(torch.ones_like(weight), P)
+                weight.mul_(masks[name])
+    expected = tensors(plain(x, hx))  # from here on the generator gives the dropout between the layers
+    same(ys, expected)
+    theirs = torch.autograd.grad(expected[0].sin().sum(), plain.parameters())
+    for (name, _), grad in zip(plain.named_parameters(), theirs, strict=True):
+        torch.testing.assert_close(grads[name], grad * masks[name] if name in masks else grad)
+
+    own.eval(), plain.eval()
+    plain.load_state_dict(own.state_dict())
+    same(tensors(own(x, hx)), tensors(plain(x, hx)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrent_dropout_runs_on_the_kernels(kind):
+    own, x = build(kind, recurrent_dropout=P), torch.randn(4, 3, 5, requires_grad=True)
+    testing.assert_own_kernels(lambda: own(x)[0].sum().backward())
+
+
+def test_recurrent_dropout_is_drawn_at_each_call():
+    own, x = build("GRU", 3, 200, recurrent_dropout=P), torch.randn(4, 3, 3)
+    weight = own._dropped(own._weights())[1]
+    kept = weight != 0
+    assert abs(1 - kept.float().mean() - P) < 0.01
+    torch.testing.assert_close(weight[kept], (own.weight_hh_l0 / (1 - P))[kept])
+    same(seeded(own, x), seeded(own, x))
+    assert not torch.equal(own(x)[0], own(x)[0])
+    fastnn.freeze(own)  # in training mode: the copies that freeze keeps are not those of dropped weights
+    with torch.no_grad():
+        assert not torch.equal(own(x)[0], own(x)[0]) and own._pack is None
+        own.eval()
+        torch.testing.assert_close(own(x)[0], copy.deepcopy(fastnn.restore(own))(x)[0])
+
+
+# ------------------------------------------------------------------------------------------------ the step-by-step path
+
+
+def oracle(module, x, hx, draw=None):
+    """The module in float64, a step and a sequence at a time as fastnn.reference has it; ``draw`` gives zoneout's masks."""
+    directions = 2 if module.bidirectional else 1
+    data, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
+    h_0, c_0 = (t.double() for t in hx) if module.mode == "LSTM" else (hx.double(), None)
+    data, ends = data.double(), []
+    for layer in range(module.num_layers):
+        span = slice(layer * directions, (layer + 1) * directions)
+        weights = [getattr(module, name).double() for names in module._all_weights[span] for name in names]
+        norms = [
+            p.double() for name, p in module.named_parameters() if name.startswith("norm_") and f"_l{layer}" in name
+        ]
+        zoneout = module.zoneout or None
+        if zoneout and draw:
+            rows = data.shape[:-1].numel()
+            zoneout = torch.stack([draw((rows, h_0.shape[-1])) < zoneout for _ in range(directions)]).double()
+        data, *end = reference.rnn(
+            data, sizes, h_0[span], None if c_0 is None else c_0[span], weights, module.mode, zoneout, norms or None
+        )
+        ends.append(end)
+    h_n, c_n = (torch.cat(part) for part in zip(*ends, strict=True))
+    return [data, h_n] if c_0 is None else [data, h_n, c_n]
+
+
+def gradients(ys, wanted):
+    loss = sum((y * torch.arange(1.0, y.numel() + 1).view_as(y).sin()).sum() for y in ys)
+    return torch.autograd.grad(loss, wanted, retain_graph=True)
+
+
+def problem(kind, packed, dtype=torch.float64, **kwargs):
+    """A module, its input and its states; the input is a leaf that wants a gradient."""
+    module = build(kind, **kwargs).to(dtype)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("norm_"):
+                parameter.uniform_(-0.5, 1.5)
+    data = torch.randn(4, 3, 5, dtype=torch.float64).to(dtype).requires_grad_()
+    x = pack_sequence([data[:n, i] for i, n in enumerate((4, 2, 2))]) if packed else data
+    return module, data, x, states(module, 3, dtype)
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_the_formula(kind, options, train, packed):
+    for kwargs in ({}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "bidirectional": True}):
+        module, data, x, hx = problem(kind, packed, **kwargs, **options)
+        module.train(train)
+        ys = seeded(module, x, hx)
+        torch.manual_seed(7)
+        zs = oracle(module, x, hx, torch.rand if train else None)
+        wanted = [data, *module.parameters()]
+        for a, b in zip([*ys, *gradients(ys, wanted)], [*zs, *gradients(zs, wanted)], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind, options, dtype):
+    module, data, x, hx = problem(kind, False, dtype, **options)
+    ys = tensors(module.eval()(x, hx))
+    for y, z in zip(ys, oracle(module, x, hx), strict=True):
+        assert y.dtype == dtype
+        testing.assert_close_to_oracle(y, z, 1 + z.abs(), c=32)
+    assert all(g.dtype == dtype for g in gradients(ys, [data, *module.parameters()]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    module, data, _, hx = problem(kind, False, **STEPS[-1], bidirectional=True)
+    inputs = [data[:2, :2].detach().requires_grad_(), *(t[:, :2].clone().requires_grad_() for t in tensors(hx))]
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def f(x, h, *rest):
+        state, weights = ((h, rest[0]), rest[1:]) if module.mode == "LSTM" else (h, rest)
+        torch.manual_seed(7)  # the same masks each time
+        y = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, state))
+        return tuple(tensors(y))
+
+    assert torch.autograd.gradcheck(f, (*inputs, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (*inputs, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_every_form(kind, options):
+    """batch_first, unbatched, without a state, packed and not sorted: each is the batch, seen another way."""
+    kwargs = dict(num_layers=2, bidirectional=True, dropout=0.5)
+    module = build(kind, **kwargs, **options).double()
+    other = build(kind, **kwargs, **options, batch_first=True).double()
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    y, *ends = seeded(module, x)
+    z, *others = seeded(other, x.transpose(0, 1))
+    same([z.transpose(0, 1), *others], [y, *ends])
+    zero = tensors(states(module, 3, torch.float64))
+    zero = [t.zero_() for t in zero]
+    same(seeded(module, x, tuple(zero) if module.mode == "LSTM" else zero[0]), [y, *ends])
+    module.eval(), other.eval()
+    y, *ends = tensors(module(x))
+    torch.testing.assert_close(tensors(module(x[:, 1])), [y[:, 1], *(t[:, 1] for t in ends)])
+    torch.testing.assert_close(tensors(other(x[:, 1])), [y[:, 1], *(t[:, 1] for t in ends)])
+    lengths = (2, 4, 1)
+    packed, *ends = tensors(module(pack_sequence([x[:n, i] for i, n in enumerate(lengths)], enforce_sorted=False)))
+    for i, n in enumerate(lengths):
+        _, *alone = tensors(module(x[:n, i]))
+        torch.testing.assert_close([t[:, i] for t in ends], alone)
+    assert module(x[:, :0])[0].shape == (4, 0, y.shape[-1])
+    meta = copy.deepcopy(module).to("meta")
+    assert [t.shape for t in tensors(meta(x.to("meta")))] == [t.shape for t in tensors(module(x))]
+
+
+def test_no_product_is_left_to_torch():
+    for kind in KINDS:
+        module, _, x, hx = problem(kind, True, torch.float32, zoneout=P)
+        testing.assert_own_kernels(lambda module=module, x=x, hx=hx: module(x, hx)[0].data.sum().backward())
+
+
+def test_compile():
+    torch._dynamo.reset()
+    module = build("GRU", **STEPS[-1]).eval()
+    x = torch.randn(2, 2, 5, requires_grad=True)
+    wanted = [x, *module.parameters()]
+    ys, zs = tensors(torch.compile(module, fullgraph=True, backend="aot_eager")(x)), tensors(module(x))
+    for a, b in zip([*ys, *gradients(ys, wanted)], [*zs, *gradients(zs, wanted)], strict=True):
+        torch.testing.assert_close(a, b)
+    packed = pack_sequence([x[:, 0].detach(), x[:1, 1].detach()])
+    torch.testing.assert_close(torch.compile(module, backend="eager")(packed)[0].data, module(packed)[0].data)
+    module.train()
+    assert torch.compile(module, fullgraph=True, backend="eager")(x)[0].shape == (2, 2, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------- zoneout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zoneout_keeps_its_share_of_the_units(kind):
+    """In training a unit is what it was with probability p, at each step anew; else it is what the plain layer gives."""
+    module = build(kind, 3, 100, zoneout=P)
+    x, hx = torch.randn(20, 8, 3), states(module, 8)
+    y, h_n, *c_n = seeded(module, x, hx)
+    before = torch.cat((tensors(hx)[0], y[:-1]))
+    kept = y == before
+    if kind != "RNN_RELU":  # relu gives many zeros
+        assert abs(kept.float().mean() - P) < 0.01
+        for axes in ((1, 2), (0, 2), (0, 1)):  # of each step, of each entry, of each unit
+            share = kept.float().mean(axes)
+            assert (share - P).abs().max() < 0.2
+    same([h_n[0]], [y[-1]])
+    same(seeded(module, x, hx), [y, h_n, *c_n])
+    assert not torch.equal(module(x, hx)[0], y)
+    plain = build(kind, 3, 100)
+    plain.load_state_dict(module.state_dict())
+    alone = tensors(plain(x[:1], hx))[0]
+    torch.testing.assert_close(y[:1], torch.where(kept[:1], before[:1], alone))
+    torch.testing.assert_close(tensors(module.eval()(x[:1], hx))[0], P * before[:1] + (1 - P) * alone)
+    if c_n:
+        torch.testing.assert_close(module(x[:1], hx)[1][1], plain(x[:1], hx)[1][1])  # the cell is left alone
+
+
+# -------------------------------------------------------------------------------------------------------- layer norm
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_of_layer_norm(kind):
+    """Behind torch's own, with their names; ones and zeros, from the start and from reset_parameters."""
+    kwargs = dict(num_layers=2, bidirectional=True, dtype=torch.float64)
+    torch.manual_seed(1)
+    module = build(kind, **kwargs, layer_norm=True)
+    torch.manual_seed(1)
+    plain = build(kind, **kwargs)
+    same([module.state_dict()[name] for name in plain.state_dict()], plain.state_dict().values())
+    width, kinds = module.weight_hh_l0.shape[0], ["norm_ih", "norm_hh"]
+    if module.mode == "LSTM":
+        kinds += ["norm_c_weight", "norm_c_bias"]
+    names = [f"{name}_l{k}{end}" for k in (0, 1) for end in ("", "_reverse") for name in kinds]
+    assert list(module.state_dict()) == [*plain.state_dict(), *names]
+    for _ in range(2):
+        for name in names:
+            parameter = getattr(module, name)
+            assert parameter.requires_grad and parameter.dtype == torch.float64
+            assert parameter.shape == (6 if "_c_" in name else width,)
+            assert (parameter == (0 if "bias" in name else 1)).all()
+            parameter.data.fill_(7)
+        module.reset_parameters()
+    assert module.weight_hh_l0.abs().max() <= 6**-0.5
+    with pytest.raises(RuntimeError, match="norm_ih_l0"):
+        module.load_state_dict(plain.state_dict())
+
+
+def test_layer_norm_forgets_the_scale_of_its_weights():
+    module = build("GRU", bias=False, layer_norm=True).double()
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    y = module(x)[0]
+    with torch.no_grad():
+        module.weight_ih_l0.mul_(1e3)
+    torch.testing.assert_close(module(100 * x)[0], module(x)[0], atol=1e-6, rtol=1e-6)
+    assert not torch.equal(y, build("GRU", bias=False).double()(x)[0])
+
+
+# ---------------------------------------------------------------------------------------------------- treated alike
+
+
+@pytest.mark.parametrize("p", (-0.1, 1, 1.5, float("nan"), True, "0.1", None))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_errors(name, p):
+    with pytest.raises(ValueError, match=rf"^fastnn\.rnn: {name} must be a number in \[0, 1\); got "):
+        nn.GRU(3, 4, **{name: p})
+    with pytest.raises(TypeError, match=r"^fastnn\.rnn: layer_norm must be a bool; got int\.$"):
+        nn.GRU(3, 4, layer_norm=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_calls(kind):
+    """Wrong calls raise what the plain layer raises."""
+    module, plain = build(kind, zoneout=P), build(kind)
+    x, state = torch.randn(4, 3, 5), states(plain, 3)
+    wide = tuple(t.double() for t in state) if plain.mode == "LSTM" else state.double()
+    for args in ((x[..., :2],), (x.double(),), (x[:0],), (x, wide), (x[:, :2], state), (x[0], state), (x[None],)):
+        with pytest.raises((RuntimeError, ValueError)) as expected:
+            plain(*args)
+        with pytest.raises(expected.type):
+            module(*args)
+
+
+@pytest.mark.parametrize("options", ({"recurrent_dropout": P}, *STEPS), ids=str)
+def test_treated_as_every_module(options):
+    module = build("LSTM_PROJ", num_layers=2, **options)
+    for name, value in options.items():
+        assert getattr(module, name) == value
+    text = "".join(f", {name}={value}" for name, value in options.items())
+    assert repr(module) == f"LSTM(5, 6, proj_size=3, num_layers=2{text})"
+    x = torch.randn(4, 3, 5)
+    ys = seeded(module, x)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(twin) == repr(module)
+        same(seeded(twin, x), ys)
+    module.eval()
+    with torch.no_grad():
+        expected = tensors(module(x))
+        assert fastnn.accelerate(module, inplace=True, freeze=True) is module
+        for a, b in zip(tensors(module(x)), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert (module._pack is None) == module._step_by_step  # nothing is packed where no kernel would take it
+        fastnn.restore(module)
+        assert type(module) is nn.LSTM and repr(module) == repr(twin)  # built as fastnn's: stays
+        same(tensors(module(x)), expected)
+    (row,) = fastnn.explain(module)
+    assert row.served and ("step by step" in row.note) == module._step_by_step
+
+
+def test_a_swapped_module_is_a_plain_one():
+    stock = build("GRU", library=torch.nn)
+    fast = fastnn.accelerate(stock)
+    assert (fast.layer_norm, fast.recurrent_dropout, fast.zoneout) == (False, 0, 0) and repr(fast) == repr(stock)
+    assert vars(fastnn.restore(fast)).keys() == vars(stock).keys()
