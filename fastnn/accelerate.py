@@ -24,7 +24,9 @@ from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
 
-_FAST: dict[type, type] = {getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__}
+_FAST: dict[type, type] = {
+    getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__ if hasattr(nn, name)
+}
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
 _OWN = tuple(set(_FAST.values()))
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got

@@ -5,6 +5,7 @@ from fastnn.functional.attention_weights import attention_weights
 from fastnn.functional.conv2d import conv2d
 from fastnn.functional.linear import linear
 from fastnn.functional.rnn import gru_cell, lstm_cell, rnn_relu_cell, rnn_tanh_cell
+from fastnn.functional.varlen import varlen_attn
 
 __all__ = [
     "attention_weights",
@@ -15,4 +16,5 @@ __all__ = [
     "rnn_relu_cell",
     "rnn_tanh_cell",
     "scaled_dot_product_attention",
+    "varlen_attn",
 ]

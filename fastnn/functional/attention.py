@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,14 @@ from torch import Tensor
 from fastnn import _fallback, reference
 from fastnn._library import _C
 
+if TYPE_CHECKING:
+    from fastnn.nn.kv_cache import KVCache
+
 
 def scaled_dot_product_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | KVCache,
+    value: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -33,12 +37,14 @@ def scaled_dot_product_attention(
     Args:
         query: ``[*, H, L, E]``; float32, float64, bfloat16 or float16, any strides. Leading dimensions (none, heads,
             batch and heads, …) are broadcast.
-        key: ``[*, H, S, E]``, of the same dtype.
-        value: ``[*, H, S, Ev]``, of the same dtype.
+        key: ``[*, H, S, E]``, of the same dtype. Or a :class:`fastnn.nn.KVCache`, whose keys and values are read where
+            they lie; its heads may be fewer than those of query, without ``enable_gqa``.
+        value: ``[*, H, S, Ev]``, of the same dtype; None with a cache.
         attn_mask: M, broadcastable to ``[*, H, L, S]``: bool (True where the query may see the key), or added to the
             scores, of float32 or query's dtype. An additive mask may ask for a gradient.
         dropout_p: probability of dropping a weight, drawn from torch's generator; applied whatever the caller's mode.
-        is_causal: query l sees keys 0 … l. Not together with ``attn_mask``.
+        is_causal: query l sees keys 0 … l. Not together with ``attn_mask``. Over a cache, where the queries are the last
+            positions, query l sees keys 0 … l + S - L, as with ``window=(-1, 0)``, and a mask may come with it.
         scale: factor of the scores; default 1/√E.
         enable_gqa: key and value have fewer heads; each serves ``H / Hkv`` consecutive heads of query.
         window: ``(left, right)`` or one number for both: query l sees only keys from ``l + S - L - left`` to
@@ -57,11 +63,15 @@ def scaled_dot_product_attention(
             dropout_p outside 0 … 1.
         IndexError: enable_gqa without a dimension of heads.
         ValueError: a negative softcap, a window of another form.
+        TypeError: an argument that is no tensor.
 
     Source: ``torch.nn.functional.scaled_dot_product_attention``; kernels in ``csrc/cpu/attention*.inl``.
     """
     if window is not None:
         window = (window, window) if isinstance(window, int) else tuple(window)
+    if value is None:
+        key, value, window = _read(key, is_causal, window)
+        is_causal, enable_gqa = False, True
     if torch.compiler.is_compiling():
         output = None
         if _served(query, key, value, attn_mask):
@@ -83,6 +93,17 @@ def scaled_dot_product_attention(
             ),
         )
     return output
+
+
+def _read(cache, is_causal, window):
+    """The keys and values of a cache, and the window in which each query sees those up to its own position."""
+    from fastnn.nn.kv_cache import KVCache  # which is built on this module
+
+    if not isinstance(cache, KVCache):
+        raise TypeError("fastnn.attention: value must be a Tensor where key is not a fastnn.nn.KVCache; got NoneType.")
+    if is_causal and (window is None or len(window) == 2):
+        window = (-1 if window is None else window[0], 0)
+    return cache.keys, cache.values, window
 
 
 def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
