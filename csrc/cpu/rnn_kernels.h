@@ -16,8 +16,10 @@ struct RnnKernels {
 // on dot products along the weight's own rows. Packing costs more the less of it stays in cache, and dot products do
 // better on long rows; but a 16-bit weight would be widened again for each row.
 inline bool rnn_packs(const RnnParams& p) {
-  if (p.steps == 1 && p.dtype <= DType::Float64) return p.rows > 40;
   const int64_t weights = rnn_mode_row(p.mode).gates * p.hidden_size * (p.input_size + p.state_size);
+  // One step: from 2 MiB of panels on they pass through the last cache, from 16 on their pages are new at each call.
+  if (p.steps == 1 && p.dtype <= DType::Float64)
+    return p.rows > (weights <= 1 << 19 ? 20 : weights <= 1 << 22 ? 40 : 160);
   return p.rows > (p.dtype <= DType::Float64 ? 8 + weights / 32768 : 2 + weights / 131072);
 }
 
