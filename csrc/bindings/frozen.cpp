@@ -20,10 +20,9 @@ std::optional<std::vector<int64_t>> marks_of(const std::vector<py::handle>& weig
     const Tensor& t = tensor_argument("freeze", "weights", h);
     if (!t.is_cpu() || !t.has_storage() || !served(t) || t.key_set().has_any(c10::python_ks)) return std::nullopt;
     if (t.requires_grad() && at::GradMode::is_enabled()) return std::nullopt;
-    for (const int64_t mark : {reinterpret_cast<int64_t>(t.unsafeGetTensorImpl()),
-                               reinterpret_cast<int64_t>(t.const_data_ptr()),
-                               t.is_inference() ? 0 : static_cast<int64_t>(t._version()),
-                               static_cast<int64_t>(t.scalar_type()), t.dim()})
+    for (const int64_t mark :
+         {reinterpret_cast<int64_t>(t.unsafeGetTensorImpl()), reinterpret_cast<int64_t>(t.const_data_ptr()),
+          t.is_inference() ? 0 : static_cast<int64_t>(t._version()), static_cast<int64_t>(t.scalar_type()), t.dim()})
       marks.push_back(mark);
     marks.insert(marks.end(), t.sizes().begin(), t.sizes().end());
     marks.insert(marks.end(), t.strides().begin(), t.strides().end());
@@ -48,8 +47,9 @@ bool fresh(py::handle stamp, const std::vector<py::handle>& weights) {
 
 void bind_frozen(py::module_& m) {
   m.def("stamp", stamp, py::arg("weights"));
-  m.def("fresh", [](const py::bytes& stamp, const std::vector<py::handle>& weights) { return fresh(stamp, weights); },
-        py::arg("stamp"), py::arg("weights"), "Whether the weights are still those of the stamp, and may be packed.");
+  m.def(
+      "fresh", [](const py::bytes& stamp, const std::vector<py::handle>& weights) { return fresh(stamp, weights); },
+      py::arg("stamp"), py::arg("weights"), "Whether the weights are still those of the stamp, and may be packed.");
 }
 
 }  // namespace fastnn::bindings

@@ -171,8 +171,7 @@ py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx,
   Outputs y;
   {
     py::gil_scoped_release no_gil;
-    y = rnn_op().call(x, std::nullopt, h, c, weights, name,
-                      packed.empty() ? std::nullopt : OptionalTensorList(packed));
+    y = rnn_op().call(x, std::nullopt, h, c, weights, name, packed.empty() ? std::nullopt : OptionalTensorList(packed));
   }
   if (!c) return wrap(std::get<0>(std::move(y)));
   return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<2>(std::move(y))));

@@ -144,10 +144,10 @@ inline void attention_forward(const AttentionParams& p) {
   const AttentionPlan plan = attention_plan<C>(p);
   const int64_t stride = (p.value_dim + NR - 1) / NR * NR;
   const int64_t state_size = AttentionState<C>::size(plan.task_rows, stride);
-  const int64_t memory_size =
-      plan.decode      ? decode_memory<C>(p, plan.rows)
-      : plan.one_block ? short_memory<C>(p, plan.task_rows)
-                       : (plan.task_rows + kAttentionKeys) * p.head_dim + kAttentionKeys * (stride + MR);
+  const int64_t memory_size = plan.decode ? decode_memory<C>(p, plan.rows)
+                              : plan.one_block
+                                  ? short_memory<C>(p, plan.task_rows)
+                                  : (plan.task_rows + kAttentionKeys) * p.head_dim + kAttentionKeys * (stride + MR);
   const int64_t results = plan.parts > 1 ? plan.items * plan.parts * plan.chunks : 0;
   Scratch<C> partial(results * state_size);
 

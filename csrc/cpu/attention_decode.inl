@@ -92,14 +92,15 @@ __attribute__((noinline)) C softmax_row(int64_t padded, C c, C* score, C& maximu
 // Stores the log of the sums of exponentials of rows [r, r + rows), which lie one after the other, and what they come from.
 // Whole vectors of both may be read.
 template <class C>
-inline void store_sums(const AttentionParams& p, int64_t item, int64_t r, int64_t rows, const C* maximum, const C* sum) {
+inline void store_sums(const AttentionParams& p, int64_t item, int64_t r, int64_t rows, const C* maximum,
+                       const C* sum) {
   const C c = score_factor<C>(p) / kLog2E<C>, unseen = value_of_unseen<C>(p);
   const C unseen_lse = unseen == C(0) ? kNegativeInfinity<C> : unseen;
   const int64_t first = item * p.group * p.query_length + r;
   for (int64_t i = 0; i < rows; i += kLanes<C>) {
     const Vec<C> total = load(sum + i), top = load(maximum + i);
-    store_first(static_cast<C*>(p.lse) + first + i, total == 0 ? splat<C>(unseen_lse) : fma(top, splat<C>(c), vlog(total)),
-                rows - i);
+    store_first(static_cast<C*>(p.lse) + first + i,
+                total == 0 ? splat<C>(unseen_lse) : fma(top, splat<C>(c), vlog(total)), rows - i);
     if (p.maximum) store_first(static_cast<C*>(p.maximum) + first + i, top, rows - i);
     if (p.sum) store_first(static_cast<C*>(p.sum) + first + i, total, rows - i);
   }

@@ -275,8 +275,8 @@ inline Strip<C> strip_in_place(const AttentionOperand& x, int64_t head, int64_t 
 
 // s[i * stride + j] = strip of queries (or gradients) times packed positions; columns up to a multiple of NR.
 template <class C>
-__attribute__((noinline)) void strip_products(const Strip<C>& strip, const C* panels, int64_t rows, int64_t count, int64_t depth, C* s,
-                           int64_t stride) {
+__attribute__((noinline)) void strip_products(const Strip<C>& strip, const C* panels, int64_t rows, int64_t count,
+                                              int64_t depth, C* s, int64_t stride) {
   constexpr int64_t NR = kNR<C>;
   const auto each = [&](const auto& multiply) __attribute__((always_inline)) {
     with_rows<C>(rows, [&](auto height) __attribute__((always_inline)) {

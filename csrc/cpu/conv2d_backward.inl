@@ -28,7 +28,8 @@ class KeptFilter {
       : two_(algorithm == Conv2dAlgorithm::Winograd2), filter_(keep && is_winograd(algorithm) ? size(s) : 0) {}
   // Null where it is not kept.
   const Compute<T>* of(const Conv2dPass<T>& p) {
-    if (filter_.data() && !std::exchange(made_, true)) two_ ? pack_winograd<2>(p, filter_) : pack_winograd<4>(p, filter_);
+    if (filter_.data() && !std::exchange(made_, true))
+      two_ ? pack_winograd<2>(p, filter_) : pack_winograd<4>(p, filter_);
     return filter_;
   }
 
@@ -183,7 +184,10 @@ class BandSum {
  public:
   // part: the most elements that a band adds to; 0 where no two bands add to the same.
   BandSum(void* result, int64_t count, int64_t part)
-      : result_(static_cast<T*>(result)), count_(result ? count : 0), sum_(kInPlace ? 0 : count_), part_(result ? part : 0) {}
+      : result_(static_cast<T*>(result)),
+        count_(result ? count : 0),
+        sum_(kInPlace ? 0 : count_),
+        part_(result ? part : 0) {}
 
   // write(to) makes a band's share of `count` elements from `begin` on; first: nothing was added to them before.
   template <class F>

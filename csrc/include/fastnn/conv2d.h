@@ -123,9 +123,9 @@ struct Conv2dBackwardParams {
   Conv2dAlgorithm algorithm, input_algorithm;  // of all, but for grad_input
   Activation activation;
   const void* grad_output;  // [N, K, OH, OW], dense in the memory format
-  const void* saved;        // as grad_output, read with an activation: the output where the derivative can be had from it
-                            // (activation_from_output), else the value before the activation
-  const void* input;        // [N, C, H, W], strides below; read for grad_weight only
+  const void* saved;  // as grad_output, read with an activation: the output where the derivative can be had from it
+                      // (activation_from_output), else the value before the activation
+  const void* input;  // [N, C, H, W], strides below; read for grad_weight only
   ImageStrides input_strides;
   const void* weight;  // [K, C / groups, R, S], strides below; read for grad_input only
   ImageStrides weight_strides;
