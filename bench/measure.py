@@ -78,7 +78,7 @@ class Bench:
         providers = {name: calls(*function, training) for name, function in functions.items()}
         note = problem.note
         for name in self.peers(setting):
-            if name == "onnx" and built.onnx is None:
+            if not (built.compiles if name == "compile" else built.onnx):
                 continue
             child = self._peers.get(name) or self._peers.setdefault(name, peer.Peer(name))
             try:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import conv2d, linear, measure, peak, peer, run, table, variants
+from bench import conv2d, linear, measure, peak, peer, rnn, run, table, variants
 from bench.problem import Built, Problem
 from fastnn import reference, testing
 
@@ -163,21 +163,30 @@ def test_each_activation_has_its_onnx_nodes():
         torch.testing.assert_close(torch.from_numpy(found), reference.activate(x, name), rtol=1e-5, atol=1e-6)
 
 
+class Broken:
+    """A peer that takes no problem."""
+
+    def __init__(self, kind):
+        self.kind, self.id = kind, 0
+
+    def load(self, *problem):
+        raise RuntimeError(f"{self.kind}: it is out of order")
+
+    def close(self):
+        pass
+
+
 def test_a_peer_that_fails_is_a_note(monkeypatch, capsys):
-    class Broken:
-        def __init__(self, kind):
-            self.kind, self.id = kind, 0
-
-        def load(self, *problem):
-            raise RuntimeError(f"{self.kind}: it is out of order")
-
-        def close(self):
-            pass
-
     monkeypatch.setattr(peer, "Peer", Broken)
     (row,) = run.main([*ARGUMENTS, "linear", "--only", "tiny.relu", "--compile", "--no-onnx"])
     assert "compile" not in row["times"] and "out of order" in row["note"]
     assert "out of order" in capsys.readouterr().out
+
+
+def test_torch_compile_is_a_peer_of_cells_and_not_of_sequences(monkeypatch):
+    monkeypatch.setattr(peer, "Peer", Broken)
+    rows = run.main([*ARGUMENTS, "rnn", "--only", "^rnn.cell$", "^kws.rnn", "--compile", "--no-onnx"])
+    assert {row["id"]: bool(row["note"]) for row in rows} == {"rnn.cell": True, "kws.rnn.b1": False}
 
 
 def test_torch_compile_in_its_own_process():
@@ -195,7 +204,25 @@ def test_torch_compile_in_its_own_process():
         child.close()
 
 
-@pytest.mark.parametrize("family", [linear, conv2d])
+@pytest.mark.parametrize("family", run.FAMILIES)
+def test_each_onnx_model_computes_the_same(family):
+    if not peer.available():
+        pytest.skip("onnx and onnxruntime are not installed")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for problem in importlib.import_module(f"bench.{family}").PROBLEMS:
+        built = problem.build(torch.float32) if problem.flops < 5e7 else None
+        if built and built.onnx:
+            model, feeds = built.onnx()
+            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            found = [torch.from_numpy(session.run(None, feeds)[0])]
+            exact = measure.oracle(built, built.tensors, [], False)
+            assert found[0].shape == exact[0].shape and measure.error(found, exact) < 1e-5, problem.id
+
+
+@pytest.mark.parametrize("family", [linear, conv2d, rnn])
 def test_the_frozen_module_computes_the_same(family):
     torch.set_num_threads(1)
     for problem in family.PROBLEMS:
@@ -203,7 +230,7 @@ def test_the_frozen_module_computes_the_same(family):
             built = problem.build(torch.float32)
             exact = measure.oracle(built, built.tensors, [], False)
             with torch.no_grad():
-                found = built.frozen()(*built.tensors[: built.inputs])
+                found = measure.first(built.frozen()(*built.tensors[: built.inputs]))
             assert measure.error([found], exact) < 1e-5, problem.id
 
 
