@@ -142,17 +142,28 @@ def test_what_others_use_is_told_apart():
     assert "other processes used the machine during 1 of 2" in told
 
 
-def test_onnx_runtime_in_its_own_process():
-    if not peer.available():
-        pytest.skip("onnx and onnxruntime are not installed")
+def test_runtimes_in_their_own_processes(capsys):
+    kinds = [kind for kind in peer.RUNTIMES if peer.available(kind)]
+    if not kinds:
+        pytest.skip("neither ONNX Runtime nor OpenVINO is installed")
     names = ["tiny.relu", "dlrm.click", "bert.pooler"]  # one process for all
     rows = run.main([*ARGUMENTS, "linear", "--only", *names])
     assert [row["id"] for row in rows] == ["bert.pooler", "dlrm.click", "tiny.relu"]
-    assert all(row["errors"]["onnx"] < 1e-5 and row["times"]["onnx"]["p50"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    for kind in kinds:
+        assert all(row["errors"][kind] < 1e-5 and row["times"][kind]["p50"] > 0 for row in rows)
+        assert f"{kind}/frozen" in printed and rows[0][peer.RUNTIMES[kind]] in printed
+
+
+def test_a_runtime_that_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setattr(peer, "available", lambda kind: kind == "onnx")
+    bench, setting = measure.Bench(run.parse([])), measure.Setting("linear", "float32", "forward", 1, None)
+    assert bench.peers(setting) == ["onnx"] and bench.peers(setting._replace(direction="training")) == []
+    assert measure.Bench(run.parse(["--no-onnx"])).peers(setting) == []
 
 
 def test_each_activation_has_its_onnx_nodes():
-    if not peer.available():
+    if not peer.available("onnx"):
         pytest.skip("onnx and onnxruntime are not installed")
     import onnxruntime
 
@@ -183,6 +194,14 @@ def test_a_peer_that_fails_is_a_note(monkeypatch, capsys):
     assert "out of order" in capsys.readouterr().out
 
 
+def test_a_peer_whose_process_ends_says_so():
+    child = peer.Peer("onnx")
+    child._child.kill()
+    with pytest.raises(RuntimeError, match="onnx: its process ended with -9"):
+        child.results()
+    child.close()
+
+
 def test_torch_compile_is_a_peer_of_cells_and_not_of_sequences(monkeypatch):
     monkeypatch.setattr(peer, "Peer", Broken)
     rows = run.main([*ARGUMENTS, "rnn", "--only", "^rnn.cell$", "^kws.rnn", "--compile", "--no-onnx"])
@@ -204,22 +223,23 @@ def test_torch_compile_in_its_own_process():
         child.close()
 
 
+@pytest.mark.parametrize("kind", peer.RUNTIMES)
 @pytest.mark.parametrize("family", run.FAMILIES)
-def test_each_onnx_model_computes_the_same(family):
-    if not peer.available():
-        pytest.skip("onnx and onnxruntime are not installed")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    for problem in importlib.import_module(f"bench.{family}").PROBLEMS:
-        built = problem.build(torch.float32) if problem.flops < 5e7 else None
-        if built and built.onnx:
-            model, feeds = built.onnx()
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-            found = [torch.from_numpy(session.run(None, feeds)[0])]
-            exact = measure.oracle(built, built.tensors, [], False)
-            assert found[0].shape == exact[0].shape and measure.error(found, exact) < 1e-5, problem.id
+def test_each_onnx_model_computes_the_same(family, kind):
+    if not peer.available(kind):
+        pytest.skip(f"onnx and {peer.RUNTIMES[kind]} are not installed")
+    child = peer.Peer(kind)
+    try:
+        for problem in importlib.import_module(f"bench.{family}").PROBLEMS:
+            built = problem.build(torch.float32) if problem.flops < 5e7 and problem.elements < 2e6 else None
+            if built and built.onnx:
+                child.load(*built.onnx(), 1)
+                exact = measure.oracle(built, built.tensors, [], False)
+                (found,) = map(torch.from_numpy, child.results())
+                assert found.shape == exact[0].shape and measure.error([found], exact) < 1e-5, problem.id
+                assert child.turn(2) > 0
+    finally:
+        child.close()
 
 
 @pytest.mark.parametrize("family", [linear, conv2d, rnn])
