@@ -87,6 +87,14 @@ def reordered(weight: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.cat([gates[i] for i in order])
 
 
+def group(case: RnnCase) -> str:
+    if case.name.startswith("odd"):
+        return ""
+    if not case.time:
+        return "cells"
+    return "sequences of batch 1" if case.batch == 1 else "sequences of batches"
+
+
 def problem(case: RnnCase) -> Problem:
     gates, state = GATES[case.kind], case.proj_size or case.hidden_size
     directions, steps = 2 if case.bidirectional else 1, case.time or 1
@@ -101,7 +109,7 @@ def problem(case: RnnCase) -> Problem:
     shape += " both ways" if case.bidirectional else ""
     shape += f" proj {case.proj_size}" if case.proj_size else ""
     kind = case.kind if case.time else f"{case.kind} cell"
-    return Problem(case.name, f"{kind} {shape}", flops, elements, lambda dtype: build(case, dtype))
+    return Problem(case.name, f"{kind} {shape}", flops, elements, partial(build, case), group=group(case))
 
 
 PROBLEMS = [problem(case) for case in RNN]

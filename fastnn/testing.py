@@ -46,6 +46,21 @@ ACTIVATIONS = (
 CASES = {"linear": LINEAR, "conv2d": CONV2D, "rnn": RNN, "attention": ATTENTION}
 
 
+def seen(case: AttentionCase) -> torch.Tensor | None:
+    """Return which keys each query sees through causality and the window, [queries, keys]; None: all."""
+    if not case.causal and case.window is None:
+        return None
+    ahead = torch.arange(case.keys) - torch.arange(case.queries)[:, None]
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if case.causal:
+        seen &= ahead <= 0
+    if case.window is not None:  # the last query stands at the last key
+        left, right = (case.keys if side < 0 else side for side in case.window)
+        ahead -= case.keys - case.queries
+        seen &= (-left <= ahead) & (ahead <= right)
+    return seen
+
+
 def edges(*tiles: int) -> list[int]:
     """Return the sizes where a kernel tiled by ``tiles`` can go wrong: 0, 1, a prime, and each side of each tile."""
     sizes = {0, 1, 2, 3, 7}
