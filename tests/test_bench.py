@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import conv2d, linear, measure, peak, peer, rnn, run, table, variants
+from bench import conv2d, language_model, linear, measure, peak, peer, rnn, run, table, variants
 from bench.problem import Built, Problem
 from fastnn import reference, testing
 
@@ -306,3 +306,29 @@ def test_variants_of_linear():
     for frozen, names in ((False, {"gemm", "dot"}), (True, {"gemm", "dot", "packed"})):
         row = variants.measure("linear", problem, "float32", "forward", 1, frozen, True)
         assert set(row["times"]) | set(row["hopeless"]) == {"pick", *names} and row["pick"] in names
+
+
+# ---- a whole program -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(language_model, "BATCH", 4)
+    monkeypatch.setattr(language_model, "LENGTH", 16)
+
+
+def test_the_language_model_loses_the_same(small, capsys):
+    stock, fast = language_model.main(["--steps", "4", "--threads", "1"])
+    assert len(fast.losses) == len(stock.losses) == 4 + language_model.WARM and fast.losses[-1] < fast.losses[0]
+    assert type(fast.model.lstm).__module__ == "fastnn.nn.rnn" and type(stock.model.lstm) is torch.nn.LSTM
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_language_model_that_loses_something_else_is_told(small, monkeypatch):
+    class Linear(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 1.0001
+
+    monkeypatch.setattr(language_model.fastnn.nn, "Linear", Linear)
+    with pytest.raises(SystemExit, match="further apart than rounding"):
+        language_model.main(["--steps", "4", "--threads", "1"])
