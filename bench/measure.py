@@ -51,11 +51,12 @@ class Bench:
             child.close()
 
     def peers(self, setting: Setting) -> list[str]:
-        """Return the names of the peers beside torch eager in this setting; ONNX Runtime has the forward in float32."""
+        """Return the names of the peers beside torch eager in this setting; ONNX models have the forward in float32."""
         if self.options.own_float32:
             return []
-        onnx = setting.dtype == "float32" and not setting.training and not self.options.no_onnx and peer.available()
-        return ["compile"] * self.options.compile + ["onnx"] * onnx
+        onnx = setting.dtype == "float32" and not setting.training and not self.options.no_onnx
+        runtimes = [name for name in peer.RUNTIMES if onnx and peer.available(name)]
+        return ["compile"] * self.options.compile + runtimes
 
     def measure(self, problem: Problem, setting: Setting) -> dict:
         """Run one problem with every provider and return its row."""
@@ -78,17 +79,18 @@ class Bench:
         providers = {name: calls(*function, training) for name, function in functions.items()}
         note = problem.note
         for name in self.peers(setting):
-            if name == "onnx" and built.onnx is None:
+            if not (built.compiles if name == "compile" else built.onnx):
                 continue
             child = self._peers.get(name) or self._peers.setdefault(name, peer.Peer(name))
             try:
-                if name == "onnx":
-                    child.load(*built.onnx(), setting.threads)
-                else:
+                if name == "compile":
                     child.load(setting.family, problem.id, setting.dtype, training, setting.threads)
+                else:
+                    child.load(*built.onnx(), setting.threads)
                 theirs = [torch.from_numpy(a).reshape(b.shape) for a, b in zip(child.results(), exact, strict=True)]
             except RuntimeError as failure:  # the others' times still stand
                 note = f"{note}; {str(failure).splitlines()[0]}".removeprefix("; ")
+                self._peers.pop(name).close()  # it may be gone, or in a state of its own: the next problem has another
                 continue
             errors[name] = error(theirs, exact)
             providers[name] = child.turn
@@ -106,7 +108,7 @@ class Bench:
                "extra": extra, "flops": flops, "bytes": moved, "peak": setting.machine.flops,
                "bandwidth": setting.machine.bandwidth, "gflops": flops / best / 1e9, "floor": best / floor,
                "others": others, "note": note}  # fmt: skip
-        return row | ({"onnxruntime": version("onnxruntime")} if "onnx" in times else {})
+        return row | {package: version(package) for name, package in peer.RUNTIMES.items() if name in times}
 
     def exact(self, problem: Problem, setting: Setting, built: Built, tensors, wanted) -> list[torch.Tensor]:
         """Return the float64 results, computed once for all numbers of threads."""

@@ -1,7 +1,8 @@
 """Peers in processes of their own: two pools of spinning threads in one process measure their fight.
 
 The parent asks a :class:`Peer` to load a problem and then takes turns with it. The child is this file run as a program:
-``peer.py onnx`` runs ONNX models, ``peer.py compile`` the problems of bench/ under torch.compile, weights frozen.
+``peer.py onnx`` runs ONNX models in ONNX Runtime, ``peer.py openvino`` the same in OpenVINO, and ``peer.py compile`` the
+problems of bench/ under torch.compile, weights frozen.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # the peers that run ONNX models, and their packages
 
-def available() -> bool:
-    """Return whether the packages onnx and onnxruntime are installed."""
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+
+def available(kind: str) -> bool:
+    """Return whether the packages of a peer that runs ONNX models are installed."""
+    return all(importlib.util.find_spec(name) for name in ("onnx", RUNTIMES[kind]))
 
 
 def activation(name: str | None, source: str) -> list[tuple]:
@@ -87,10 +91,11 @@ class Peer:
     """A child that has one problem loaded at a time.
 
     Args:
-        kind: ``"onnx"`` or ``"compile"``.
+        kind: ``"onnx"``, ``"openvino"`` or ``"compile"``.
     """
 
     def __init__(self, kind: str):
+        self._kind = kind
         command = [sys.executable, __file__, kind]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -100,9 +105,12 @@ class Peer:
         return self._child.pid
 
     def _ask(self, *message):
-        pickle.dump(message, self._child.stdin)
-        self._child.stdin.flush()
-        answer = pickle.load(self._child.stdout)
+        try:
+            pickle.dump(message, self._child.stdin)
+            self._child.stdin.flush()
+            answer = pickle.load(self._child.stdout)
+        except (BrokenPipeError, EOFError):
+            raise RuntimeError(f"{self._kind}: its process ended with {self._child.wait()}") from None
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
@@ -123,7 +131,8 @@ class Peer:
         return seconds
 
     def close(self) -> None:
-        self._child.stdin.close()
+        with suppress(BrokenPipeError):
+            self._child.stdin.close()
         self._child.wait()
         self._child.stdout.close()
 
@@ -141,6 +150,28 @@ def load_onnx(model: bytes, feeds: dict, threads: int):
 
     run = partial(session.run, None, feeds)
     return lambda: run()[:1], partial(timed, run)
+
+
+def load_openvino(model: bytes, feeds: dict, threads: int):
+    sys.modules["openvino_telemetry"] = None  # with it, an import of openvino reports to Intel
+    import openvino
+
+    core = openvino.Core()
+    properties = {
+        "PERFORMANCE_HINT": "LATENCY",  # one stream
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,  # as nobody's threads are
+    }
+    request = core.compile_model(core.read_model(model=model), "CPU", properties).create_infer_request()
+    for name, array in feeds.items():  # once: to pass them from Python takes it longer than a small problem
+        request.set_tensor(name, openvino.Tensor(array))
+
+    def results():
+        request.infer()
+        return [request.get_output_tensor().data]
+
+    return results, partial(timed, request.infer)
 
 
 def load_compiled(family: str, name: str, dtype: str, training: bool, threads: int):
@@ -185,7 +216,7 @@ def Constants(function, weights):
 def _serve(kind: str) -> None:
     out = sys.stdout.buffer
     sys.stdout = sys.stderr  # what a compiler prints is no answer
-    load = {"onnx": load_onnx, "compile": load_compiled}[kind]
+    load = {"onnx": load_onnx, "openvino": load_openvino, "compile": load_compiled}[kind]
     loaded = None
     while True:
         try:

@@ -26,6 +26,7 @@ class Built:
         inputs: how many of ``tensors`` come anew with each call; the others are weights. None: all.
         frozen: makes fastnn's module after ``fastnn.freeze``, called with the inputs alone, or None where there is none.
         onnx: makes the ONNX model and its feeds (see bench/peer.py: ``model``), or None where there is none.
+        compiles: whether torch.compile takes torch's side at all.
         algorithm: says which algorithm a call would run, given whether its weights are frozen, or None where the op does
             not tell.
 
@@ -39,6 +40,7 @@ class Built:
     inputs: int | None = None
     frozen: Callable[[], torch.nn.Module] | None = None
     onnx: Callable[[], tuple[bytes, dict]] | None = None
+    compiles: bool = True
     algorithm: Callable[[bool], str] | None = None
 
 

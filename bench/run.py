@@ -1,4 +1,4 @@
-"""Time fastnn against torch, and against torch.compile and ONNX Runtime where asked for or installed.
+"""Time fastnn against torch, and against torch.compile, ONNX Runtime and OpenVINO where asked for or installed.
 
     python bench/run.py                                  every family, float32, forward, on one thread and on all
     python bench/run.py --family linear --dtype bfloat16 --direction training --threads 2
@@ -117,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="every N-th problem, from the I-th on")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter turns")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too (compiles for seconds a row)")
-    parser.add_argument("--no-onnx", action="store_true", help="leave ONNX Runtime out, though it is installed")
+    parser.add_argument("--no-onnx", action="store_true", help="leave ONNX Runtime and OpenVINO out")
     parser.add_argument("--own-float32", action="store_true", help="time fastnn in float32 in place of the peers")
     parser.add_argument("--variants", action="store_true", help="time each algorithm in place of the peers")
     parser.add_argument("--json", help="write the rows to this file")

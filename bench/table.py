@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from bench.peer import RUNTIMES
+
 WORDS = {
     "fastnn": "a plain call",
     "frozen": "fastnn's module after fastnn.freeze: its weights are packed",
     "torch": "torch eager",
     "compile": "torch.compile in a process of its own{frozen}",
-    "onnx": "ONNX Runtime {version} in a process of its own, weights constant",
+    "onnx": "ONNX Runtime {onnxruntime} in a process of its own, weights constant",
+    "openvino": "OpenVINO {openvino} in a process of its own, weights constant",
     "float32": "fastnn's plain call in float32",
     "frozen32": "fastnn's frozen module in float32",
 }
+OTHERS = ("compile", *RUNTIMES)  # the peers beside torch eager: their weights are constants
 BUSY = 0.25  # cores that others may use before a row says so: its times are not worth much
 FLOOR = 20e-6  # seconds: the floor of a problem below this says little, the call itself takes some µs
 
@@ -42,7 +46,7 @@ def own(row: dict) -> str:
 
 def best(row: dict) -> str | None:
     """Return the fastest of all peers."""
-    peers = [name for name in ("torch", "compile", "onnx") if name in row["times"]]
+    peers = [name for name in ("torch", *OTHERS) if name in row["times"]]
     return min(peers, key=lambda name: row["times"][name]["p50"], default=None)
 
 
@@ -72,15 +76,15 @@ class Table:
     def __init__(self, names: list[str]):
         self.names = names
         self.base = "frozen" if "frozen" in names else "fastnn"
-        self.judged = self.base == "frozen" or bool({"compile", "onnx"} & set(names))  # not by torch eager alone
+        self.judged = self.base == "frozen" or bool(set(OTHERS) & set(names))  # not by torch eager alone
         self.pairs = [(name, "fastnn") for name in names if name in ("torch", "float32")]
         self.pairs += [("torch", "frozen")] * (names.count("torch") and names.count("frozen"))
-        self.pairs += [(name, self.base) for name in names if name in ("compile", "onnx", "frozen32")]
+        self.pairs += [(name, self.base) for name in names if name in (*OTHERS, "frozen32")]
 
     def head(self, first: dict) -> str:
         """Return the lines above the rows; ``first`` is a row, or what rows share."""
         words = {"frozen": "" if first["direction"] == "training" else ", weights frozen"}
-        words["version"] = first.get("onnxruntime", "")
+        words |= {package: first.get(package, "") for package in RUNTIMES.values()}
         told = "; ".join(f"{name}: {WORDS[name].format(**words)}" for name in self.names)
         machine = first["machine"]
         if "peak" in first:
@@ -100,7 +104,7 @@ class Table:
             if name not in ("fastnn", "frozen"):
                 line += f" {name + ' µs':>11}"
                 line += "".join(f" {'/' + base:>7}" for peer, base in self.pairs if peer == name)
-        line += f" {'best':>12}" if "torch" in self.names else ""
+        line += f" {'best':>13}" if "torch" in self.names else ""
         line += f" {'GFLOP/s':>8} {'×floor':>6} {'KiB':>7} {'torch’s':>7} {'error':>8} {'torch’s':>8}"
         return "\n".join([*lines, line])
 
@@ -118,7 +122,7 @@ class Table:
                     if peer == name:
                         line += f" {ratio(row, name, base):7.2f}" if name in times and base in times else f" {'–':>7}"
         if "torch" in self.names:
-            line += f" {best(row):>7} {against_best(row):.2f}" if best(row) else f" {'–':>12}"
+            line += f" {best(row):>8} {against_best(row):.2f}" if best(row) else f" {'–':>13}"
         line += f" {row['gflops']:8.1f} {row['floor']:6.1f}"
         extra, errors = row.get("extra", {}), row["errors"]
         line += "".join(f" {extra[n] / 1024:7.0f}" if n in extra else f" {'–':>7}" for n in ("fastnn", "torch"))

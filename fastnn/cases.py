@@ -1,4 +1,4 @@
-"""The linear and conv2d problems of models that people run, with awkward ones among them.
+"""The problems of models that people run, with awkward ones among them.
 
 Names are ``model.layer[.variant]``; ``.bN`` is a batch of N where the model's usual one is 1. Nothing here is imported by
 ``import fastnn``.
@@ -36,6 +36,41 @@ class Conv2dCase(NamedTuple):
     groups: int = 1
     activation: str | None = None
     bias: bool = True
+
+
+class RnnCase(NamedTuple):
+    """A whole sequence; ``kind`` is rnn_tanh, rnn_relu, gru or lstm; ``time=0`` stands for one call of the cell."""
+
+    name: str
+    kind: str
+    batch: int
+    time: int
+    input_size: int
+    hidden_size: int
+    layers: int = 1
+    bidirectional: bool = False
+    proj_size: int = 0
+
+
+class AttentionCase(NamedTuple):
+    """Scaled dot product attention; ``kv_heads < heads`` is GQA.
+
+    ``mask``: padding of sentences, "bool" or "additive"; or "bias", added to the scores and trained, the same for the
+    whole batch. ``window`` and ``softcap`` are those of :func:`fastnn.functional.scaled_dot_product_attention`.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    kv_heads: int | None = None  # None: as many as heads
+    value_dim: int | None = None  # None: head_dim
+    causal: bool = False
+    mask: str | None = None
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
 
 
 LINEAR = (
@@ -175,4 +210,105 @@ CONV2D = (
     Conv2dCase("odd.3x3.b7", 7, 37, 15, 13, 41, (3, 3), 1, 1, activation="relu"),
     Conv2dCase("odd.depthwise.b3", 3, 37, 17, 23, 37, (3, 3), 1, 1, groups=37),
     Conv2dCase("odd.wide", 1, 5, 1, 1021, 7, (1, 9)),
+)
+
+RNN = (
+    # speech and sound, from single words to sentences
+    RnnCase("kws.gru.b1", "gru", 1, 98, 40, 64),
+    RnnCase("kws.rnn.b1", "rnn_tanh", 1, 98, 40, 64),
+    RnnCase("kws.gru.b64", "gru", 64, 49, 10, 154),
+    RnnCase("kws.lstm.b7", "lstm", 7, 49, 10, 118),
+    RnnCase("deepspeech.rnn", "rnn_relu", 8, 100, 512, 512),
+    RnnCase("deepspeech.bigru", "gru", 8, 50, 512, 512, 1, True),
+    RnnCase("speaker.lstm", "lstm", 1, 160, 40, 256, 3),
+    RnnCase("speaker.lstm.proj", "lstm", 1, 80, 40, 768, 3, False, 256),
+    RnnCase("tacotron2.encoder", "lstm", 1, 60, 512, 256, 1, True),
+    RnnCase("tacotron2.attention.cell", "lstm", 1, 0, 768, 1024),
+    RnnCase("tacotron2.decoder.cell", "lstm", 1, 0, 1536, 1024),
+    RnnCase("tacotron2.decoder.cell.b8", "lstm", 8, 0, 1536, 1024),
+    RnnCase("wavernn.cell", "gru", 1, 0, 512, 512),
+    RnnCase("silero.v4.cell", "lstm", 1, 0, 64, 64),
+    RnnCase("silero.v5.cell", "lstm", 1, 0, 128, 128),
+    RnnCase("rnnoise.cell", "gru", 1, 0, 114, 96),
+    # text, letter by letter and word by word
+    RnnCase("charrnn.lstm", "lstm", 50, 50, 65, 128, 2),
+    RnnCase("charrnn.cell", "rnn_tanh", 1, 0, 65, 128),
+    RnnCase("ptb.lstm", "lstm", 20, 35, 650, 650, 2),
+    RnnCase("awd.lstm.last", "lstm", 20, 35, 1150, 400),
+    RnnCase("lstm.tagger", "lstm", 16, 40, 100, 128, 2, True),
+    RnnCase("bigru.classifier", "gru", 32, 40, 300, 128, 1, True),
+    RnnCase("seq2seq.gru.b3", "gru", 3, 20, 256, 512),
+    RnnCase("seq2seq.cell.b8", "gru", 8, 0, 256, 512),
+    # series, sessions, games, images
+    RnnCase("series.lstm", "lstm", 64, 60, 1, 50),
+    RnnCase("series.gru.b1", "gru", 1, 168, 7, 32),
+    RnnCase("gru4rec.cell.b64", "gru", 64, 0, 100, 100),
+    RnnCase("impala.cell.b64", "lstm", 64, 0, 257, 256),
+    RnnCase("mnist.rows", "rnn_tanh", 64, 28, 28, 128),
+    RnnCase("mnist.pixels", "rnn_relu", 8, 784, 1, 100),
+    RnnCase("crnn.text", "lstm", 1, 26, 512, 256, 1, True),
+    # plain sizes
+    RnnCase("gru.256.b1", "gru", 1, 64, 256, 256),
+    RnnCase("gru.400.b1", "gru", 1, 50, 400, 400),
+    RnnCase("rnn.128.b1", "rnn_tanh", 1, 128, 128, 128),
+    RnnCase("lstm.256.b1", "lstm", 1, 64, 256, 256),
+    RnnCase("lstm.512.b32", "lstm", 32, 32, 512, 512),
+    RnnCase("lstm.proj", "lstm", 8, 50, 256, 512, 1, False, 128),
+    RnnCase("gru.cell", "gru", 1, 0, 128, 128),
+    RnnCase("lstm.cell.b32", "lstm", 32, 0, 256, 256),
+    RnnCase("rnn.cell", "rnn_tanh", 1, 0, 64, 64),
+    RnnCase("rnn.cell.b8", "rnn_relu", 8, 0, 128, 256),
+    RnnCase("rnn.cell.b64", "rnn_tanh", 64, 0, 256, 256),
+    # sizes that no model asked for
+    RnnCase("odd.primes", "gru", 5, 23, 37, 61),
+    RnnCase("odd.primes.b7", "lstm", 7, 11, 53, 101),
+    RnnCase("odd.rnn.b3", "rnn_tanh", 3, 29, 31, 67, 1, True),
+    RnnCase("odd.cell.b3", "gru", 3, 0, 41, 83),
+    RnnCase("odd.tail", "lstm", 3, 17, 13, 19),
+)
+
+ATTENTION = (
+    # encoders of text
+    AttentionCase("minilm.b1", 1, 12, 24, 24, 32, mask="additive"),
+    AttentionCase("minilm.16.b32", 32, 12, 16, 16, 32, mask="additive"),
+    AttentionCase("minilm.b32", 32, 12, 32, 32, 32, mask="additive"),
+    AttentionCase("minilm.64.b32", 32, 12, 64, 64, 32, mask="additive"),
+    AttentionCase("bert.128", 1, 12, 128, 128, 64),
+    AttentionCase("bert.512", 1, 12, 512, 512, 64, mask="bool"),
+    AttentionCase("bert.128.b8", 8, 12, 128, 128, 64),
+    AttentionCase("t5.encoder", 1, 8, 256, 256, 64, mask="bias"),
+    AttentionCase("clip.text", 1, 8, 77, 77, 64, causal=True),
+    AttentionCase("modernbert.window", 1, 12, 1024, 1024, 64, window=(64, 64)),
+    # of images and sound
+    AttentionCase("vit.197", 1, 12, 197, 197, 64),
+    AttentionCase("swin.stage1", 64, 3, 49, 49, 32, mask="bias"),
+    AttentionCase("swin.stage2.b4", 64, 6, 49, 49, 32, mask="bias"),
+    AttentionCase("whisper.tiny.encoder", 1, 6, 1500, 1500, 64),
+    AttentionCase("conformer.b3", 3, 4, 199, 199, 64, mask="bool"),
+    AttentionCase("flux.1024", 1, 6, 1024, 1024, 128),  # a quarter of its heads
+    AttentionCase("stablediffusion.self", 1, 8, 1024, 1024, 40),
+    AttentionCase("stablediffusion.cross", 1, 8, 1024, 77, 40),
+    # decoders that read a prompt
+    AttentionCase("gpt2.64.causal", 1, 12, 64, 64, 64, causal=True),
+    AttentionCase("gpt2.512.causal", 1, 12, 512, 512, 64, causal=True),
+    AttentionCase("gpt2.1024.causal", 1, 12, 1024, 1024, 64, causal=True),
+    AttentionCase("llama.512.causal", 1, 32, 512, 512, 64, 8, causal=True),
+    AttentionCase("gptneo.window", 1, 12, 2048, 2048, 64, window=(255, 0)),
+    AttentionCase("gemma2.512.causal", 1, 8, 512, 512, 256, 4, causal=True, softcap=50.0),
+    # and that write
+    AttentionCase("gpt2.decode", 1, 12, 1, 1024, 64),
+    AttentionCase("llama.decode", 1, 32, 1, 2048, 64, 8),
+    AttentionCase("llama.decode.b4", 4, 32, 1, 1024, 128, 8),
+    AttentionCase("llama3.decode.4096", 1, 32, 1, 4096, 64, 8),
+    AttentionCase("llama3.speculate", 1, 32, 8, 2048, 64, 8, window=(-1, 0)),
+    AttentionCase("falcon.decode", 1, 71, 1, 1024, 64, 1),
+    AttentionCase("gemma2.decode", 1, 8, 1, 2048, 256, 4, softcap=50.0),
+    AttentionCase("whisper.tiny.cross.decode", 1, 6, 1, 1500, 64),
+    AttentionCase("t5.cross.decode.b7", 7, 8, 1, 128, 64),
+    # sizes that no model asked for
+    AttentionCase("odd.decode", 1, 1, 1, 4099, 64),
+    AttentionCase("odd.primes", 2, 3, 61, 127, 37, value_dim=41),
+    AttentionCase("odd.primes.b7", 7, 1, 67, 131, 29),
+    AttentionCase("odd.causal", 1, 3, 131, 257, 53, causal=True),
+    AttentionCase("odd.short", 3, 5, 7, 3, 16, causal=True),
 )

@@ -10,11 +10,19 @@ import mmap
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
-from fastnn.cases import CONV2D, LINEAR, Conv2dCase, LinearCase  # noqa: F401
+from fastnn.cases import (  # noqa: F401
+    ATTENTION,
+    CONV2D,
+    LINEAR,
+    RNN,
+    AttentionCase,
+    Conv2dCase,
+    LinearCase,
+    RnnCase,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -35,74 +43,22 @@ ACTIVATIONS = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- cases
-
-
-class RnnCase(NamedTuple):
-    """A whole sequence; ``kind`` is rnn_tanh, rnn_relu, gru or lstm; ``time=0`` stands for one call of the cell."""
-
-    name: str
-    kind: str
-    batch: int
-    time: int
-    input_size: int
-    hidden_size: int
-    layers: int = 1
-    bidirectional: bool = False
-    proj_size: int = 0
-
-
-class AttentionCase(NamedTuple):
-    """Scaled dot product attention; ``mask`` is None, "bool" or "additive"; ``kv_heads < heads`` is GQA."""
-
-    name: str
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    head_dim: int
-    kv_heads: int | None = None  # None: as many as heads
-    value_dim: int | None = None  # None: head_dim
-    causal: bool = False
-    mask: str | None = None
-
-
-RNN = (
-    RnnCase("kws.gru.b1", "gru", 1, 98, 40, 64),
-    RnnCase("kws.rnn.b1", "rnn_tanh", 1, 98, 40, 64),
-    RnnCase("deepspeech.rnn", "rnn_relu", 8, 100, 512, 512),
-    RnnCase("deepspeech.bigru", "gru", 8, 50, 512, 512, 1, True),
-    RnnCase("gru.256.b1", "gru", 1, 64, 256, 256),
-    RnnCase("rnn.128.b1", "rnn_tanh", 1, 128, 128, 128),
-    RnnCase("lstm.256.b1", "lstm", 1, 64, 256, 256),
-    RnnCase("lstm.512.b32", "lstm", 32, 32, 512, 512),
-    RnnCase("lstm.tagger", "lstm", 16, 40, 100, 128, 2, True),
-    RnnCase("lstm.proj", "lstm", 8, 50, 256, 512, 1, False, 128),
-    RnnCase("gru.cell", "gru", 1, 0, 128, 128),
-    RnnCase("lstm.cell.b32", "lstm", 32, 0, 256, 256),
-    RnnCase("rnn.cell", "rnn_tanh", 1, 0, 64, 64),
-    RnnCase("odd.primes", "gru", 5, 23, 37, 61),
-    RnnCase("odd.tail", "lstm", 3, 17, 13, 19),
-)
-
-ATTENTION = (
-    AttentionCase("minilm.b1", 1, 12, 24, 24, 32, mask="additive"),
-    AttentionCase("minilm.b32", 32, 12, 32, 32, 32, mask="additive"),
-    AttentionCase("bert.128", 1, 12, 128, 128, 64),
-    AttentionCase("bert.512", 1, 12, 512, 512, 64, mask="bool"),
-    AttentionCase("bert.128.b8", 8, 12, 128, 128, 64),
-    AttentionCase("gpt2.512.causal", 1, 12, 512, 512, 64, causal=True),
-    AttentionCase("gpt2.1024.causal", 1, 12, 1024, 1024, 64, causal=True),
-    AttentionCase("llama.512.causal", 1, 32, 512, 512, 64, 8, causal=True),
-    AttentionCase("gpt2.decode", 1, 12, 1, 1024, 64),
-    AttentionCase("llama.decode", 1, 32, 1, 2048, 64, 8),
-    AttentionCase("llama.decode.b4", 4, 32, 1, 1024, 128, 8),
-    AttentionCase("vit.197", 1, 12, 197, 197, 64),
-    AttentionCase("odd.primes", 2, 3, 61, 127, 37, value_dim=41),
-    AttentionCase("odd.short", 3, 5, 7, 3, 16, causal=True),
-)
-
 CASES = {"linear": LINEAR, "conv2d": CONV2D, "rnn": RNN, "attention": ATTENTION}
+
+
+def seen(case: AttentionCase) -> torch.Tensor | None:
+    """Return which keys each query sees through causality and the window, [queries, keys]; None: all."""
+    if not case.causal and case.window is None:
+        return None
+    ahead = torch.arange(case.keys) - torch.arange(case.queries)[:, None]
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if case.causal:
+        seen &= ahead <= 0
+    if case.window is not None:  # the last query stands at the last key
+        left, right = (case.keys if side < 0 else side for side in case.window)
+        ahead -= case.keys - case.queries
+        seen &= (-left <= ahead) & (ahead <= right)
+    return seen
 
 
 def edges(*tiles: int) -> list[int]:

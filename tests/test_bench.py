@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import conv2d, linear, measure, peak, peer, run, table, variants
+from bench import conv2d, language_model, linear, measure, peak, peer, rnn, run, table, variants
 from bench.problem import Built, Problem
 from fastnn import reference, testing
 
@@ -142,17 +142,28 @@ def test_what_others_use_is_told_apart():
     assert "other processes used the machine during 1 of 2" in told
 
 
-def test_onnx_runtime_in_its_own_process():
-    if not peer.available():
-        pytest.skip("onnx and onnxruntime are not installed")
+def test_runtimes_in_their_own_processes(capsys):
+    kinds = [kind for kind in peer.RUNTIMES if peer.available(kind)]
+    if not kinds:
+        pytest.skip("neither ONNX Runtime nor OpenVINO is installed")
     names = ["tiny.relu", "dlrm.click", "bert.pooler"]  # one process for all
     rows = run.main([*ARGUMENTS, "linear", "--only", *names])
     assert [row["id"] for row in rows] == ["bert.pooler", "dlrm.click", "tiny.relu"]
-    assert all(row["errors"]["onnx"] < 1e-5 and row["times"]["onnx"]["p50"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    for kind in kinds:
+        assert all(row["errors"][kind] < 1e-5 and row["times"][kind]["p50"] > 0 for row in rows)
+        assert f"{kind}/frozen" in printed and rows[0][peer.RUNTIMES[kind]] in printed
+
+
+def test_a_runtime_that_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setattr(peer, "available", lambda kind: kind == "onnx")
+    bench, setting = measure.Bench(run.parse([])), measure.Setting("linear", "float32", "forward", 1, None)
+    assert bench.peers(setting) == ["onnx"] and bench.peers(setting._replace(direction="training")) == []
+    assert measure.Bench(run.parse(["--no-onnx"])).peers(setting) == []
 
 
 def test_each_activation_has_its_onnx_nodes():
-    if not peer.available():
+    if not peer.available("onnx"):
         pytest.skip("onnx and onnxruntime are not installed")
     import onnxruntime
 
@@ -163,21 +174,38 @@ def test_each_activation_has_its_onnx_nodes():
         torch.testing.assert_close(torch.from_numpy(found), reference.activate(x, name), rtol=1e-5, atol=1e-6)
 
 
+class Broken:
+    """A peer that takes no problem."""
+
+    def __init__(self, kind):
+        self.kind, self.id = kind, 0
+
+    def load(self, *problem):
+        raise RuntimeError(f"{self.kind}: it is out of order")
+
+    def close(self):
+        pass
+
+
 def test_a_peer_that_fails_is_a_note(monkeypatch, capsys):
-    class Broken:
-        def __init__(self, kind):
-            self.kind, self.id = kind, 0
-
-        def load(self, *problem):
-            raise RuntimeError(f"{self.kind}: it is out of order")
-
-        def close(self):
-            pass
-
     monkeypatch.setattr(peer, "Peer", Broken)
     (row,) = run.main([*ARGUMENTS, "linear", "--only", "tiny.relu", "--compile", "--no-onnx"])
     assert "compile" not in row["times"] and "out of order" in row["note"]
     assert "out of order" in capsys.readouterr().out
+
+
+def test_a_peer_whose_process_ends_says_so():
+    child = peer.Peer("onnx")
+    child._child.kill()
+    with pytest.raises(RuntimeError, match="onnx: its process ended with -9"):
+        child.results()
+    child.close()
+
+
+def test_torch_compile_is_a_peer_of_cells_and_not_of_sequences(monkeypatch):
+    monkeypatch.setattr(peer, "Peer", Broken)
+    rows = run.main([*ARGUMENTS, "rnn", "--only", "^rnn.cell$", "^kws.rnn", "--compile", "--no-onnx"])
+    assert {row["id"]: bool(row["note"]) for row in rows} == {"rnn.cell": True, "kws.rnn.b1": False}
 
 
 def test_torch_compile_in_its_own_process():
@@ -195,7 +223,26 @@ def test_torch_compile_in_its_own_process():
         child.close()
 
 
-@pytest.mark.parametrize("family", [linear, conv2d])
+@pytest.mark.parametrize("kind", peer.RUNTIMES)
+@pytest.mark.parametrize("family", run.FAMILIES)
+def test_each_onnx_model_computes_the_same(family, kind):
+    if not peer.available(kind):
+        pytest.skip(f"onnx and {peer.RUNTIMES[kind]} are not installed")
+    child = peer.Peer(kind)
+    try:
+        for problem in importlib.import_module(f"bench.{family}").PROBLEMS:
+            built = problem.build(torch.float32) if problem.flops < 5e7 and problem.elements < 2e6 else None
+            if built and built.onnx:
+                child.load(*built.onnx(), 1)
+                exact = measure.oracle(built, built.tensors, [], False)
+                (found,) = map(torch.from_numpy, child.results())
+                assert found.shape == exact[0].shape and measure.error([found], exact) < 1e-5, problem.id
+                assert child.turn(2) > 0
+    finally:
+        child.close()
+
+
+@pytest.mark.parametrize("family", [linear, conv2d, rnn])
 def test_the_frozen_module_computes_the_same(family):
     torch.set_num_threads(1)
     for problem in family.PROBLEMS:
@@ -203,7 +250,7 @@ def test_the_frozen_module_computes_the_same(family):
             built = problem.build(torch.float32)
             exact = measure.oracle(built, built.tensors, [], False)
             with torch.no_grad():
-                found = built.frozen()(*built.tensors[: built.inputs])
+                found = measure.first(built.frozen()(*built.tensors[: built.inputs]))
             assert measure.error([found], exact) < 1e-5, problem.id
 
 
@@ -259,3 +306,29 @@ def test_variants_of_linear():
     for frozen, names in ((False, {"gemm", "dot"}), (True, {"gemm", "dot", "packed"})):
         row = variants.measure("linear", problem, "float32", "forward", 1, frozen, True)
         assert set(row["times"]) | set(row["hopeless"]) == {"pick", *names} and row["pick"] in names
+
+
+# ---- a whole program -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(language_model, "BATCH", 4)
+    monkeypatch.setattr(language_model, "LENGTH", 16)
+
+
+def test_the_language_model_loses_the_same(small, capsys):
+    stock, fast = language_model.main(["--steps", "4", "--threads", "1"])
+    assert len(fast.losses) == len(stock.losses) == 4 + language_model.WARM and fast.losses[-1] < fast.losses[0]
+    assert type(fast.model.lstm).__module__ == "fastnn.nn.rnn" and type(stock.model.lstm) is torch.nn.LSTM
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_language_model_that_loses_something_else_is_told(small, monkeypatch):
+    class Linear(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input) * 1.0001
+
+    monkeypatch.setattr(language_model.fastnn.nn, "Linear", Linear)
+    with pytest.raises(SystemExit, match="further apart than rounding"):
+        language_model.main(["--steps", "4", "--threads", "1"])
