@@ -1,5 +1,6 @@
 // fastnn::rnn above its kernels: schemas, the autograd Function, Python's way in.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -138,15 +139,16 @@ py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py
                         wrap(std::get<2>(std::move(y))));
 }
 
-// A step of a cell's module from its own parameters: what Python would do on the long way takes as long as a small kernel.
-// kept: None, or (stamp, {(mode,): packed}, …) of fastnn/nn/_frozen.py. None where anything is not plain: then the long way.
+// A step of a cell's module from its own parameters: what Python would do on the long way takes as long as a small
+// kernel. hx, cx: None for zeros. kept: None, or (stamp, {(mode,): packed}, …) of fastnn/nn/_frozen.py. None where anything
+// is not plain: then the long way.
 py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx, py::handle cx, py::handle mode,
                     py::handle kept) {
-  if (!THPVariable_Check(input.ptr()) || !THPVariable_Check(hx.ptr()) || !plain(input) || !plain(hx) || !plain(cx))
+  if (!THPVariable_Check(input.ptr()) || !plain(input) || !plain(hx) || !plain(cx)) return py::none();
+  const Tensor& x = THPVariable_Unpack(input.ptr());
+  OptionalTensor h = optional_tensor_argument("rnn", "hx", hx), c = optional_tensor_argument("rnn", "cx", cx);
+  if (x.dim() != 2 || (h && h->dim() != 2) || (c && c->dim() != 2) || !served(x) || !served(h) || !served(c))
     return py::none();
-  const Tensor &x = THPVariable_Unpack(input.ptr()), &h = THPVariable_Unpack(hx.ptr());
-  const OptionalTensor c = optional_tensor_argument("rnn", "cx", cx);
-  if (x.dim() != 2 || h.dim() != 2 || (c && c->dim() != 2) || !served(x) || !served(h) || !served(c)) return py::none();
   static PyObject* const names[] = {PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
                                     PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")};
   std::vector<py::handle> given;
@@ -159,7 +161,10 @@ py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx,
     weights.push_back(tensor_argument("rnn", "weights", w));
     if (!served(weights.back())) return py::none();
   }
-  if (weights.size() % 2 != 0) return py::none();
+  if (weights.size() % 2 != 0 || weights[1].dim() != 2) return py::none();
+  const Mode name = *optional_string_argument("rnn", "mode", mode);
+  if (!h) h = at::zeros({x.size(0), weights[1].size(1)}, x.options());
+  if (!c && name == "LSTM") c = h;
   Tensors packed;
   if (!kept.is_none()) {
     if (!fresh(PyTuple_GetItem(kept.ptr(), 0), given)) return py::none();
@@ -167,11 +172,11 @@ py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx,
     if (!panels) return py::none();
     packed.push_back(tensor_argument("rnn", "packed", panels));
   }
-  const Mode name = *optional_string_argument("rnn", "mode", mode);
   Outputs y;
   {
     py::gil_scoped_release no_gil;
-    y = rnn_op().call(x, std::nullopt, h, c, weights, name, packed.empty() ? std::nullopt : OptionalTensorList(packed));
+    y = rnn_op().call(x, std::nullopt, *h, c, weights, name,
+                      packed.empty() ? std::nullopt : OptionalTensorList(packed));
   }
   if (!c) return wrap(std::get<0>(std::move(y)));
   return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<2>(std::move(y))));

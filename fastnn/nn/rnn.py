@@ -220,7 +220,7 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class _Cell(Frozen):
     """What RNNCell, GRUCell and LSTMCell share."""
 
-    def _quick(self, mode: str, input: Tensor, hx: Tensor, cx: Tensor | None = None):
+    def _quick(self, mode: str, input: Tensor, hx: Tensor | None, cx: Tensor | None = None):
         """The step in one call, where all is plain; else None, and the long way finds out why."""
         if torch.compiler.is_compiling() or (self._frozen and self._pack is None):
             return None
@@ -244,10 +244,9 @@ class _OneState(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step; arguments and results are those of the class of this name in ``torch.nn``."""
-        if hx is not None:
-            h = self._quick(self._function()[1], input, hx)
-            if h is not None:
-                return h
+        h = self._quick(self._function()[1], input, hx)
+        if h is not None:
+            return h
         batched = _check_cell(type(self).__name__, input, {} if hx is None else {"hidden": hx})
         x = input if batched else input.unsqueeze(0)
         if hx is None:
@@ -281,10 +280,9 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step; arguments and results are those of ``torch.nn.LSTMCell``."""
-        if hx is not None:
-            state = self._quick("LSTM", input, *hx)
-            if state is not None:
-                return state
+        state = self._quick("LSTM", input, *((None, None) if hx is None else hx))
+        if state is not None:
+            return state
         states = {} if hx is None else {"hx[0]": hx[0], "hx[1]": hx[1]}
         batched = _check_cell(type(self).__name__, input, states)
         x = input if batched else input.unsqueeze(0)
