@@ -72,9 +72,12 @@ def model(case: RnnCase, x: torch.Tensor, state: dict[str, torch.Tensor]) -> tup
         weights[f"B{layer}"] = torch.cat([stacked("bias_ih"), stacked("bias_hh")], 1).numpy()
         operator = "RNN" if case.kind.startswith("rnn") else case.kind.upper()
         nodes.append((operator, f"{source} W{layer} R{layer} B{layer}", f"Y{layer}", attributes))  # Y: [T, ways, B, H]
-        nodes.append(("Transpose", f"Y{layer}", f"T{layer}", {"perm": [0, 2, 1, 3]}))
-        source = f"H{layer}" if layer < case.layers - 1 else "OUT"
-        nodes.append(("Reshape", f"T{layer} SHAPE", source))
+        source = f"Y{layer}"
+        if case.bidirectional:
+            source = f"T{layer}"
+            nodes.append(("Transpose", f"Y{layer}", source, {"perm": [0, 2, 1, 3]}))
+        nodes.append(("Reshape", f"{source} SHAPE", f"H{layer}" if layer < case.layers - 1 else "OUT"))
+        source = f"H{layer}"
     outputs = len(ways) * case.hidden_size
     weights["SHAPE"] = torch.tensor([*x.shape[:-1], outputs]).numpy()
     return peer.model(nodes, {"X": x.numpy()}, weights)
