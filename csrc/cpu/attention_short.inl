@@ -49,11 +49,12 @@ inline void attend_short(const AttentionParams& p, int64_t item, int64_t r0, int
   pack_positions_as_columns<C, T>(p.key, p.key.offset[item], 0, count, p.head_dim, key);
   pack_features_as_columns<C, T>(p.value, p.value.offset[item], 0, count, p.value_dim, value);
   const C keep = static_cast<C>(keep_scale(p)), unseen = value_of_unseen<C>(p), factor = score_factor<C>(p);
-  for (int64_t r = r0; r < r1; r += MR) {
-    const int64_t rows = std::min(MR, r1 - r);
+  const RowTiles<C> tiles(r1 - r0);
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const int64_t r = r0 + tiles.begin(tile), rows = tiles.begin(tile + 1) - tiles.begin(tile);
     const Range seen = visible_keys(p, r, r + rows);
     const int64_t begin = seen.begin / NR * NR, width = std::max<int64_t>(seen.end - begin, 0);
-    const int64_t padded = (width + NR - 1) / NR * NR;
+    const int64_t padded = (width + L - 1) / L * L;
     Row row[MR];
     row[0] = row_of(p, item, r);
     for (int64_t i = 1; i < rows; ++i) {

