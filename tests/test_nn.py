@@ -469,3 +469,11 @@ def test_training_step(name):
             sum(out.square().mean() for out in floats(module(*args))).backward()
             optimizer.step()
     same(fast.state_dict(), stock.state_dict())
+
+
+def test_a_cell_wants_both_states_or_none():
+    cell, x, h = fastnn.nn.LSTMCell(3, 4), torch.randn(2, 3), torch.randn(2, 4)
+    torch.testing.assert_close(cell(x), cell(x, (torch.zeros(2, 4), torch.zeros(2, 4))))
+    for states in ((h, None), (None, h)):
+        with pytest.raises((AttributeError, RuntimeError)):
+            cell(x, states)

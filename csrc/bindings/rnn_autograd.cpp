@@ -140,7 +140,7 @@ py::object rnn_entry(py::handle input, py::handle batch_sizes, py::handle hx, py
 }
 
 // A step of a cell's module from its own parameters: what Python would do on the long way takes as long as a small
-// kernel. hx, cx: None for zeros. kept: None, or (stamp, {(mode,): packed}, …) of fastnn/nn/_frozen.py. None where anything
+// kernel. hx, cx: both None for zeros. kept: None, or (stamp, {(mode,): packed}, …) of fastnn/nn/_frozen.py. None where anything
 // is not plain: then the long way.
 py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx, py::handle cx, py::handle mode,
                     py::handle kept) {
@@ -163,8 +163,11 @@ py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx,
   }
   if (weights.size() % 2 != 0 || weights[1].dim() != 2) return py::none();
   const Mode name = *optional_string_argument("rnn", "mode", mode);
-  if (!h) h = at::zeros({x.size(0), weights[1].size(1)}, x.options());
-  if (!c && name == "LSTM") c = h;
+  if (!h) {
+    if (c) return py::none();
+    h = at::zeros({x.size(0), weights[1].size(1)}, x.options());
+    if (name == "LSTM") c = h;
+  }
   Tensors packed;
   if (!kept.is_none()) {
     if (!fresh(PyTuple_GetItem(kept.ptr(), 0), given)) return py::none();

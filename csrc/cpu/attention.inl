@@ -52,8 +52,8 @@ inline AttentionPlan attention_plan(const AttentionParams& p) {
   return s;
 }
 
-// Rows [r, r + rows) of query in place, or null where they are packed: strides leave the tile short of registers, which
-// costs more than to pack where many keys follow.
+// Rows [r, r + rows) of query in place, or null where they are packed: where many keys follow (1.02 to 1.04 of the speed at
+// 1024 and 1500 keys; 0.97 to 0.99 at 64 to 200).
 template <class T, class C = Compute<T>>
 inline Strip<C> query_in_place(const AttentionParams& p, int64_t item, int64_t r, int64_t rows) {
   const Row first = row_of(p, item, r), last = row_of(p, item, r + rows - 1);

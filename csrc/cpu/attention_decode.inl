@@ -44,49 +44,45 @@ struct AttentionState {
   }
 };
 
-// Scores become exponentials, below the new maximum of each row; alpha is what the row's older sums shrink by.
 template <class C>
-inline void softmax_strip(int64_t rows, int64_t padded, int64_t stride, C c, C* score, C* alpha, C* maximum, C* sum) {
-  constexpr int L = kLanes<C>;
-  alignas(64) C old[kStateRows] = {}, safe[kStateRows] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    const C* s = score + i * stride;
-    Vec<C> top = load(s);
-    for (int64_t j = L; j < padded; j += L) top = vmax(load(s + j), top);
-    const C t = reduce_max<C>(top);
-    old[i] = maximum[i];
-    maximum[i] = old[i] < t ? t : old[i];
-    safe[i] = maximum[i] == kNegativeInfinity<C> ? C(0) : maximum[i];  // nothing seen yet: -inf less -inf is NaN
-  }
-  for (int64_t i = 0; i < rows; i += L) store(alpha + i, vexp2_nonpositive((load(old + i) - load(safe + i)) * c));
-  for (int64_t i = 0; i < rows; ++i) {
-    C* s = score + i * stride;
-    const Vec<C> shift = splat<C>(-safe[i] * c), factor = splat<C>(c);
-    Vec<C> total = zero<C>();
-    for (int64_t j = 0; j < padded; j += L) {
-      const Vec<C> e = vexp2_nonpositive(fma(load(s + j), factor, shift));
-      store(s + j, e);
-      total += e;
-    }
-    sum[i] = sum[i] * alpha[i] + reduce_add<C>(total);
-  }
-}
-// Scores of a row become exponentials below their maximum, whose sum is returned.
-template <class C>
-__attribute__((noinline)) C softmax_row(int64_t padded, C c, C* score, C& maximum) {
-  constexpr int L = kLanes<C>;
+FASTNN_INLINE C largest(int64_t padded, const C* score) {
   Vec<C> top = load(score);
-  for (int64_t j = L; j < padded; j += L) top = vmax(load(score + j), top);
-  maximum = reduce_max<C>(top);
-  const C safe = maximum == kNegativeInfinity<C> ? C(0) : maximum;
-  const Vec<C> shift = splat<C>(-safe * c), factor = splat<C>(c);
+  for (int64_t j = kLanes<C>; j < padded; j += kLanes<C>) top = vmax(load(score + j), top);
+  return reduce_max<C>(top);
+}
+// Scores become exponentials below `top`, whose sum is returned. Nothing seen yet, -infinity, is taken for 0: -inf less
+// -inf is NaN.
+template <class C>
+FASTNN_INLINE C exponentials(int64_t padded, C c, C top, C* score) {
+  const Vec<C> shift = splat<C>(-(top == kNegativeInfinity<C> ? C(0) : top) * c), factor = splat<C>(c);
   Vec<C> total = zero<C>();
-  for (int64_t j = 0; j < padded; j += L) {
+  for (int64_t j = 0; j < padded; j += kLanes<C>) {
     const Vec<C> e = vexp2_nonpositive(fma(load(score + j), factor, shift));
     store(score + j, e);
     total += e;
   }
   return reduce_add<C>(total);
+}
+// The rows of a strip, below the new maximum of each; alpha is what the row's older sums shrink by.
+template <class C>
+inline void softmax_strip(int64_t rows, int64_t padded, int64_t stride, C c, C* score, C* alpha, C* maximum, C* sum) {
+  constexpr int L = kLanes<C>;
+  alignas(64) C old[kStateRows] = {}, safe[kStateRows] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const C top = largest(padded, score + i * stride);
+    old[i] = maximum[i];
+    maximum[i] = old[i] < top ? top : old[i];
+    safe[i] = maximum[i] == kNegativeInfinity<C> ? C(0) : maximum[i];
+  }
+  for (int64_t i = 0; i < rows; i += L) store(alpha + i, vexp2_nonpositive((load(old + i) - load(safe + i)) * c));
+  for (int64_t i = 0; i < rows; ++i)
+    sum[i] = sum[i] * alpha[i] + exponentials(padded, c, maximum[i], score + i * stride);
+}
+// One row that has no older sums.
+template <class C>
+__attribute__((noinline)) C softmax_row(int64_t padded, C c, C* score, C& maximum) {
+  maximum = largest(padded, score);
+  return exponentials(padded, c, maximum, score);
 }
 
 // Stores the log of the sums of exponentials of rows [r, r + rows), which lie one after the other, and what they come from.
