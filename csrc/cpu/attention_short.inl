@@ -56,6 +56,7 @@ inline void attend_short(const AttentionParams& p, int64_t item, int64_t r0, int
     const int64_t begin = seen.begin / NR * NR, width = std::max<int64_t>(seen.end - begin, 0);
     const int64_t padded = (width + L - 1) / L * L;
     Row row[MR];
+    T* out[MR];
     row[0] = row_of(p, item, r);
     for (int64_t i = 1; i < rows; ++i) {
       row[i] = {row[i - 1].head, row[i - 1].query + 1};
@@ -67,8 +68,17 @@ inline void attend_short(const AttentionParams& p, int64_t item, int64_t r0, int
       pack_strip<C, T>(p, p.query, item, r, rows, p.head_dim, query);
       strip = {query, 0};
     }
+    // The rows of the next strip, and where this one's go: they lie far apart, in the last cache at best.
+    if (tile + 1 < tiles.count && strip.row_stride) {
+      const Row next = row_of(p, item, r0 + tiles.begin(tile + 1));
+      prefetch_rows(static_cast<const T*>(p.query.data) + p.query.offset[next.head] + next.query * p.query.row_stride,
+                    p.query.row_stride, std::min(MR, p.query_length - next.query), p.head_dim);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      out[i] = static_cast<T*>(p.output.data) + p.output.offset[row[i].head] + row[i].query * p.output.row_stride;
+      for (int64_t n = 0; n < p.value_dim; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(out[i] + n, 1);
+    }
     if (width > 0) strip_products<C>(strip, key + begin * p.head_dim, rows, width, p.head_dim, score, kAttentionKeys);
-    T* out[MR];
     C inverse[MR];
     for (int64_t i = 0; i < rows; ++i) {
       C &top = maximum[r - r0 + i], &total = sum[r - r0 + i];
@@ -79,7 +89,6 @@ inline void attend_short(const AttentionParams& p, int64_t item, int64_t r0, int
         total = softmax_row(padded, factor, scores, top);
       }
       inverse[i] = total == 0 ? unseen : keep / total;
-      out[i] = static_cast<T*>(p.output.data) + p.output.offset[row[i].head] + row[i].query * p.output.row_stride;
     }
     if (p.dropout_p > 0) drop_strip(p, item, r, rows, begin, width, score);
     store_values<T>(score, value + begin * NR, rows, width, count * NR, p.value_dim, inverse, out);
