@@ -1,8 +1,10 @@
 // Gradients of attention, from the saved log-sum-exp: P = exp(S - lse) is computed again tile by tile.
 //   dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ⊙ (dP - delta),  dQ = scale dS K,  dK = scale dSᵀ Q,  delta = rowsum(dO ⊙ O) - dlse
 // with dropout on P and dP, and dS times the slope of the soft cap for dQ and dK (Dao et al., arXiv 2205.14135, 2.3).
+// dS itself is the gradient of an additive mask, summed over what the mask was broadcast along.
 //
-// Tiling: a task is one head of keys and a part of its keys. A block of 96 keys is packed once, with its dK and dV it
+// Tiling: a task is one head of keys and a part of its keys (with a mask's gradient, all heads of keys that add to one
+// place, in up to kMaskParts groups whose sums are added after). A block of 96 keys is packed once, with its dK and dV it
 // stays in L2 while blocks of 96 queries pass. Five products for each pair, all on the GEMM micro-kernel; tiles of P and
 // dS are 36 KiB each. Strips compute only the keys that they may see.
 // Each task adds to a dQ of its own; they are summed in order. The cut of the keys depends on the shape alone and a
@@ -16,6 +18,7 @@
 
 namespace fastnn::cpu::FASTNN_ISA {
 
+inline constexpr int64_t kMaskParts = 4;
 inline constexpr int64_t kGradKeys = 96;  // a multiple of NR and of dropout's 32
 template <class C>
 inline constexpr int64_t kGradQueries = 96 / kMR<C> * kMR<C>;
@@ -75,12 +78,28 @@ inline void pack_queries(const AttentionBackwardParams& b, int64_t head, int64_t
   pack_features_as_columns<C, T>(g, g.offset[head], q0, count, m.Ev, m.grad_features);
 }
 
+// Adds a row of dS, of `count` keys from k0 on, where the mask that was added to its scores has its gradient.
+template <class C>
+inline void add_to_mask(const AttentionBackwardParams& b, const Row& row, int64_t k0, int64_t count, const C* from,
+                        C* grad_mask) {
+  constexpr int64_t L = kLanes<C>;
+  C* const to = grad_mask + (b.mask_index[row.head] * b.mask_rows + (b.mask_rows == 1 ? 0 : row.query)) * b.mask_cols;
+  if (b.mask_cols != 1) {
+    for (int64_t j = 0; j < count; j += L)
+      store_first(to + k0 + j, load_first(to + k0 + j, count - j) + load(from + j), count - j);
+    return;
+  }
+  Vec<C> sum = zero<C>();
+  for (int64_t j = 0; j < count; j += L) sum += load_first(from + j, count - j);
+  *to += reduce_add<C>(sum);
+}
+
 // P (after dropout) and dS of the strip of `rows` queries that starts `i` into the block at q0, against all `count`
 // keys of the block at k0; zero where a key may not be seen. Returns the keys seen, in steps of NR from the first.
-// `through_cap`: dS of the scaled product (for dQ, dK), else of the score after cap and mask (for the mask).
+// Before the soft cap's slope, dS is added to grad_mask (null: not wanted), laid out as the whole of b.grad_mask.
 template <class T, class C = Compute<T>>
 inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int64_t q0, int64_t i, int64_t rows,
-                            int64_t k0, int64_t count, const C* delta, bool through_cap, const GradientBlock<C>& m) {
+                            int64_t k0, int64_t count, const C* delta, C* grad_mask, const GradientBlock<C>& m) {
   constexpr int64_t NR = kNR<C>, L = kLanes<C>;
   const AttentionParams& p = b.forward;
   const int64_t q = q0 + i, whole = GradientBlock<C>::pad(count);
@@ -102,7 +121,7 @@ inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int6
   strip_products<C>(query, m.key_columns + begin * m.E, rows, width, m.E, P + begin, kGradKeys);
   strip_products<C>(grad, m.value_columns + begin * m.Ev, rows, width, m.Ev, dS + begin, kGradKeys);
   const C c = score_factor<C>(p), keep = static_cast<C>(keep_scale(p));
-  const bool capped = p.softcap != 0 && through_cap;
+  const bool capped = p.softcap != 0;
   for (int64_t r = 0; r < rows; ++r) {
     C *const s = P + r * kGradKeys, *const d = dS + r * kGradKeys;
     const Row row{head, q + r};
@@ -114,11 +133,11 @@ inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int6
     if (p.dropout_p > 0) drop<C>(p, row, k0 + begin, width, d + begin, d + begin);
     for (int64_t j = begin; j < begin + padded; j += L) {
       const Vec<C> x = vexp2_nonpositive(fma(load(s + j), factor, shift));
-      Vec<C> g = x * fma(load(d + j), splat<C>(keep), -less);
-      if (capped) g *= load(m.slope + j - begin);
       store(s + j, x);
-      store(d + j, g);
+      store(d + j, x * fma(load(d + j), splat<C>(keep), -less));
     }
+    if (grad_mask) add_to_mask(b, row, k0 + begin, width, d + begin, grad_mask);
+    for (int64_t j = begin; capped && j < begin + padded; j += L) store(d + j, load(d + j) * load(m.slope + j - begin));
     if (p.dropout_p > 0) {
       drop<C>(p, row, k0 + begin, width, s + begin, s + begin);
       for (int64_t j = begin; j < begin + padded; j += L) store(s + j, load(s + j) * keep);
@@ -134,12 +153,12 @@ inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int6
 // One block of keys against one block of queries of one head.
 template <class T, class C = Compute<T>>
 inline void gradient_pair(const AttentionBackwardParams& b, int64_t head, int64_t q0, int64_t queries, int64_t k0,
-                          int64_t count, const C* delta, C* grad_query, const GradientBlock<C>& m) {
+                          int64_t count, const C* delta, C* grad_query, C* grad_mask, const GradientBlock<C>& m) {
   constexpr int64_t MR = kMR<C>, NR = kNR<C>;
   const AttentionParams& p = b.forward;
   for (int64_t i = 0; i < queries; i += MR) {
     const int64_t rows = std::min(MR, queries - i);
-    const Range keys = gradient_strip<T>(b, head, q0, i, rows, k0, count, delta, true, m);
+    const Range keys = gradient_strip<T>(b, head, q0, i, rows, k0, count, delta, grad_mask, m);
     if (!grad_query || keys.begin == keys.end) continue;
     for (int64_t n = 0; n < m.E; n += NR)
       with_rows<C>(rows, [&](auto height) {
@@ -183,7 +202,7 @@ inline void store_gradient(const AttentionResult& to, int64_t head, int64_t row,
 // One part of one item's keys; grad_query (null: not wanted) is this task's own, [group · query_length, padded_E].
 template <class T, class C = Compute<T>>
 inline void gradient_task(const AttentionBackwardParams& b, int64_t item, int64_t k_begin, int64_t k_end,
-                          const C* delta, C* grad_query, const GradientBlock<C>& m) {
+                          const C* delta, C* grad_query, C* grad_mask, const GradientBlock<C>& m) {
   const AttentionParams& p = b.forward;
   const int64_t L = p.query_length;
   const C scale = static_cast<C>(p.head_dim == 0 ? 1 : p.scale);
@@ -202,7 +221,7 @@ inline void gradient_task(const AttentionBackwardParams& b, int64_t item, int64_
         if (first.begin >= k0 + count || last.end <= k0) continue;
         pack_queries<T>(b, head, q0, queries, b.grad_key.data || b.grad_value.data, m);
         gradient_pair<T>(b, head, q0, queries, k0, count, delta, grad_query ? grad_query + g * L * m.padded_E : nullptr,
-                         m);
+                         grad_mask, m);
       }
     }
     if (b.grad_key.data) store_gradient<T>(b.grad_key, item, k0, count, m.E, m.grad_key, m.padded_E, scale);
@@ -229,52 +248,34 @@ inline void delta_rows(const AttentionBackwardParams& b, int64_t head, C* delta)
   }
 }
 
-// Gradient of an additive mask: the tiles of dS again, now in the order in which the mask sums them. A task is a tile of
-// the mask, or a whole row or column of tiles where the mask was broadcast.
-template <class T, class C = Compute<T>>
-inline void mask_gradient_task(const AttentionBackwardParams& b, int64_t mask_head, int64_t q_begin, int64_t q_end,
-                               int64_t k_begin, int64_t k_end, const C* delta, C* acc, const GradientBlock<C>& m) {
-  constexpr int64_t MR = kMR<C>;
-  const AttentionParams& p = b.forward;
-  const bool one_row = b.mask_rows == 1, one_col = b.mask_cols == 1;
-  const int64_t acc_rows = one_row ? 1 : q_end - q_begin, acc_cols = one_col ? 1 : k_end - k_begin;
-  std::fill_n(acc, acc_rows * acc_cols, C(0));
-  for (int64_t head = 0; head < p.heads; ++head) {
-    if (b.mask_index[head] != mask_head) continue;
-    for (int64_t q0 = q_begin; q0 < q_end; q0 += kGradQueries<C>) {
-      const int64_t queries = std::min(kGradQueries<C>, q_end - q0);
-      pack_queries<T>(b, head, q0, queries, false, m);
-      for (int64_t k0 = k_begin; k0 < k_end; k0 += kGradKeys) {
-        const int64_t count = std::min(kGradKeys, k_end - k0), item = head / p.group;
-        pack_positions_as_columns<C, T>(p.key, p.key.offset[item], k0, count, m.E, m.key_columns);
-        pack_positions_as_columns<C, T>(p.value, p.value.offset[item], k0, count, m.Ev, m.value_columns);
-        for (int64_t i = 0; i < queries; i += MR) {
-          const int64_t rows = std::min(MR, queries - i);
-          gradient_strip<T>(b, head, q0, i, rows, k0, count, delta, false, m);
-          for (int64_t r = i; r < i + rows; ++r) {
-            C* const to = acc + (one_row ? 0 : q0 - q_begin + r) * acc_cols + (one_col ? 0 : k0 - k_begin);
-            const C* const from = m.grad_score + r * kGradKeys;
-            for (int64_t j = 0; j < count; ++j) to[one_col ? 0 : j] += from[j];
-          }
-        }
-      }
-    }
-  }
-  C* const out = static_cast<C*>(b.grad_mask) + mask_head * b.mask_rows * b.mask_cols;
-  for (int64_t r = 0; r < acc_rows; ++r)
-    std::copy_n(acc + r * acc_cols, acc_cols,
-                out + (one_row ? 0 : q_begin + r) * b.mask_cols + (one_col ? 0 : k_begin));
-}
+// Which heads of keys (items) add to one place of a mask's gradient: those of a class, which lie together in `items`. A
+// class is cut into `groups`, whose sums lie apart; so do those of the parts of the keys where the mask has one column.
+struct MaskPlan {
+  Scratch<int64_t> items;
+  int64_t count, classes, groups = 1, copies = 1;
 
-template <class C>
-inline void mask_gradient_tile(const AttentionBackwardParams& b, int64_t task, int64_t q_blocks, int64_t k_blocks,
-                               int64_t& mask_head, Range& q, Range& k) {
-  const int64_t L = b.forward.query_length, S = b.forward.key_length;
-  const int64_t i = task / k_blocks % q_blocks, j = task % k_blocks;
-  mask_head = task / k_blocks / q_blocks;
-  q = b.mask_rows == 1 ? Range{0, L} : Range{i * kGradQueries<C>, std::min(L, (i + 1) * kGradQueries<C>)};
-  k = b.mask_cols == 1 ? Range{0, S} : Range{j * kGradKeys, std::min(S, (j + 1) * kGradKeys)};
-}
+  MaskPlan(const AttentionBackwardParams& b, int64_t count, int64_t parts)
+      : items(count), count(count), classes(count) {
+    for (int64_t i = 0; i < count; ++i) items[i] = i;
+    if (!b.grad_mask || count == 0) return;
+    // A mask is broadcast along whole dimensions, so items that share one head of it share all of theirs.
+    const auto place = [&](int64_t item) { return b.mask_index[item * b.forward.group]; };
+    Scratch<int64_t> ends(b.mask_heads + 1);  // where the items of a place begin, then where they end
+    std::fill_n(ends.data(), b.mask_heads + 1, int64_t{0});
+    for (int64_t i = 0; i < count; ++i) ++ends[place(i) + 1];
+    classes = 0;
+    for (int64_t h = 0; h < b.mask_heads; ++h) classes += ends[h + 1] > 0, ends[h + 1] += ends[h];
+    for (int64_t i = 0; i < count; ++i) items[ends[place(i)]++] = i;
+    groups = std::min(count / classes, std::clamp<int64_t>(16 / (classes * parts), 1, kMaskParts));
+    copies = groups * (b.mask_cols == 1 ? parts : 1);
+  }
+  // The items of a group, of classes · groups.
+  Range of(int64_t group) const {
+    const int64_t each = count / classes, first = group / groups * each;
+    const Range r = share(each, 1, static_cast<int>(group % groups), static_cast<int>(groups));
+    return {first + r.begin, first + r.end};
+  }
+};
 
 template <class T>
 inline void attention_backward(const AttentionBackwardParams& b) {
@@ -286,16 +287,14 @@ inline void attention_backward(const AttentionBackwardParams& b) {
   // Parts of the keys: about 32 tasks in all, of 2 blocks or more; each part costs a dQ of its own.
   const int64_t parts = std::clamp<int64_t>(items > 0 ? 32 / items : 1, 1, std::clamp<int64_t>(blocks / 2, 1, 8));
   const int64_t part_keys = (blocks + parts - 1) / parts * kGradKeys;
-  const bool wants_query = b.grad_query.data, wants_main = wants_query || b.grad_key.data || b.grad_value.data;
-  const int64_t q_blocks = b.mask_rows == 1 ? 1 : (L + kGradQueries<C> - 1) / kGradQueries<C>;
-  const int64_t k_blocks = b.mask_cols == 1 ? 1 : blocks;
-  const int64_t main_tasks = wants_main ? items * parts : 0;
-  const int64_t mask_tasks = b.grad_mask ? b.mask_heads * q_blocks * k_blocks : 0;
+  const bool wants_query = b.grad_query.data;
+  const MaskPlan mask(b, items, parts);
+  const int64_t mask_size = b.grad_mask ? b.mask_heads * b.mask_rows * b.mask_cols : 0;
+  C* const grad_mask = static_cast<C*>(b.grad_mask);
 
   Scratch<C> delta(p.heads * L), grad_query(wants_query ? items * parts * rows * padded_E : 0);
-  const int64_t acc_size = !b.grad_mask ? 0
-                                        : (b.mask_rows == 1 ? 1 : kGradQueries<C>)*(b.mask_cols == 1 ? 1 : kGradKeys) +
-                                              (b.mask_rows == 1 && b.mask_cols != 1 ? kGradKeys : 0);
+  Scratch<C> mask_copies(mask.copies > 1 ? mask.copies * mask_size : 0);
+  C* const mask_sums = mask.copies > 1 ? mask_copies.data() : grad_mask;
   const double flops = 2.0 * p.heads * L * S * (3.0 * p.head_dim + 2.0 * p.value_dim + 16.0);
   const int threads = worth_threads(p.threads, flops, 0);
 
@@ -306,26 +305,35 @@ inline void attention_backward(const AttentionBackwardParams& b) {
     });
   };
   over(p.heads, [&](int64_t head) { delta_rows<T>(b, head, delta + head * L); });
-  const int64_t tasks = main_tasks + mask_tasks;
+  over(mask_size > 0 ? mask.copies : 0,
+       [&](int64_t copy) { std::fill_n(mask_sums + copy * mask_size, mask_size, C(0)); });
+  const int64_t tasks = items > 0 ? mask.classes * mask.groups * parts : 0;
   TaskQueue queue(tasks);
   parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
-    Scratch<C> memory(GradientBlock<C>::size(p) + acc_size);
+    Scratch<C> memory(GradientBlock<C>::size(p));
     const GradientBlock<C> block(p, memory);
     for (int64_t task; queue.take(task);) {
-      if (task < main_tasks) {
-        const int64_t item = task / parts, k0 = task % parts * part_keys;
-        C* const own = wants_query ? grad_query + task * rows * padded_E : nullptr;
-        if (own) std::fill_n(own, rows * padded_E, C(0));
-        gradient_task<T>(b, item, k0, std::min(k0 + part_keys, S), delta.data(), own, block);
-      } else {
-        int64_t mask_head;
-        Range q, k;
-        mask_gradient_tile<C>(b, task - main_tasks, q_blocks, k_blocks, mask_head, q, k);
-        mask_gradient_task<T>(b, mask_head, q.begin, q.end, k.begin, k.end, delta.data(),
-                              memory + GradientBlock<C>::size(p), block);
+      const int64_t part = task % parts, k0 = part * part_keys, group = task / parts % mask.groups;
+      const int64_t copy = b.mask_cols == 1 ? group * parts + part : group;
+      const Range own = mask.of(task / parts);
+      for (int64_t i = own.begin; i < own.end; ++i) {
+        C* const query = wants_query ? grad_query + (mask.items[i] * parts + part) * rows * padded_E : nullptr;
+        if (query) std::fill_n(query, rows * padded_E, C(0));
+        gradient_task<T>(b, mask.items[i], k0, std::min(k0 + part_keys, S), delta.data(), query,
+                         grad_mask ? mask_sums + copy * mask_size : nullptr, block);
       }
     }
   });
+  if (mask.copies > 1) {
+    parallel(worth_threads(p.threads, 0, 4.0 * mask.copies * mask_size), [&](int thread, int running) {
+      const Range r = share(mask_size, 1024, thread, running);
+      for (int64_t i = r.begin; i < r.end; ++i) {
+        C sum = mask_sums[i];
+        for (int64_t copy = 1; copy < mask.copies; ++copy) sum += mask_sums[copy * mask_size + i];
+        grad_mask[i] = sum;
+      }
+    });
+  }
   if (!wants_query) return;
   const C scale = static_cast<C>(p.head_dim == 0 ? 1 : p.scale);
   over(p.heads, [&](int64_t head) {
