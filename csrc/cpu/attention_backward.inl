@@ -194,6 +194,7 @@ inline void store_gradient(const AttentionResult& to, int64_t head, int64_t row,
                            const C* from, int64_t stride, C factor) {
   for (int64_t i = 0; i < count; ++i) {
     T* out = static_cast<T*>(to.data) + to.offset[head] + (row + i) * to.row_stride;
+    for (int64_t n = 0; n < width; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(out + 8 * to.row_stride + n, 1);
     for (int64_t n = 0; n < width; n += kLanes<C>)
       store_first(out + n, load(from + i * stride + n) * factor, width - n);
   }
