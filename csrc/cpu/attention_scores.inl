@@ -2,7 +2,7 @@
 // causal and window limits), the exponential of softmax, and the dropout mask.
 //
 // Scores leave here as s with a factor c, so that softmax takes 2^(c·s - c·max): scale and log2(e) cost nothing where
-// there is no mask. exp2 is a polynomial of degree 5 (relative error 1.1e-7 before rounding, at most 2.1 ulp after).
+// there is no mask.
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
@@ -17,19 +17,7 @@ inline constexpr C kLog2E = C(1.44269504088896340735992468100189214);
 template <class C>
 inline constexpr C kNegativeInfinity = -std::numeric_limits<C>::infinity();
 
-// 2^x for x <= 0 (a rounding error above it is fine); 0 where it would be half of the smallest normal number or less, so
-// for -infinity; NaN stays. Added to the bias of the exponent and 1.5 · 2^23, x rounds to an integer whose low bits are those
-// of the exponent of 2^x; 0 of them make the factor 0.
-FASTNN_INLINE Vec<float> vexp2_nonpositive(Vec<float> x) {
-  constexpr float p[] = {0.00132647273f, 0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
-  constexpr float magic = 12582912.0f + 127.0f;
-  const Vec<float> low = vmax(splat(-127.0f), x);
-  const Vec<float> shifted = low + magic, part = low - (shifted - magic);
-  Vec<float> y = splat(p[0]);  // Horner's scheme: the calls of a loop overlap, and it has the fewest products
-#pragma GCC unroll 5
-  for (int i = 1; i < 6; ++i) y = fma(y, part, splat(p[i]));
-  return y * bitcast<Vec<float>>(bitcast<Vec<int32_t>>(shifted) << 23);
-}
+// vexp2_nonpositive of activation.inl, for double.
 FASTNN_INLINE Vec<double> vexp2_nonpositive(Vec<double> x) {
   constexpr double p[] = {1.0,
                           0.6931471805599453,

@@ -5,18 +5,18 @@
 // for all blocks (in 16-bit dtypes the sums of dW take its place). Without an activation g is grad_output as it lies,
 // and the driver of gemm.inl does the blocking.
 //
-// Few rows (kThinRows): arithmetic is nothing, traffic everything. W streams once along its rows into accumulators in
-// L1, dW streams out. Bound by memory.
+// Few rows: thin.inl, bound by memory.
 //
 // Sums run over rows in blocks whose sizes depend on the shape alone: the same result for every number of threads.
 #pragma once
 
 #include "cpu/linear_store.inl"
+#include "cpu/thin.inl"
 #include "fastnn/linear.h"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
-inline constexpr int64_t kThinRows = 8, kRowsAtOnce = 256;
+inline constexpr int64_t kRowsAtOnce = 256;
 
 // to[i] += from[i * stride]
 template <class C, class T>
@@ -46,107 +46,6 @@ void sum_blocks(int64_t M, int64_t N, int threads, double flops, C* total, const
 }
 
 // ---- few rows ------------------------------------------------------------------------------------------------------
-
-// Calls f(k) for vectors that cover [begin, end): the last one starts where it ends with the range, over lanes of the
-// one before. There must be a vector's worth of elements.
-template <class C, class F>
-FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
-  constexpr int64_t L = kLanes<C>;
-  int64_t k = begin;
-  for (; k + L <= end; k += L) f(k);
-  if (k < end) f(end - L);
-}
-
-// out[m, k] = Σ over n of g[m, n] w[n, k] for k in [begin, end), at least a vector. g is [ROWS][N].
-template <int ROWS, class C, class T>
-void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, const T* w, int64_t w_row, T* out, int64_t ld) {
-  constexpr int64_t L = kLanes<C>, kChunk = 1024 / ROWS / 64 * 64;  // accumulators: 4 KiB of L1
-  alignas(64) C acc[ROWS * (kChunk + L)];
-  for (int64_t from = begin; from < end; from += kChunk) {
-    const int64_t to = std::min(from + kChunk, end), start = std::max(std::min(from, to - L), begin);
-    std::fill_n(acc, ROWS * (kChunk + L), C(0));
-    const auto rows = [&](int64_t n, auto count) __attribute__((always_inline)) {
-      constexpr int STEP = decltype(count)::value;
-      int64_t at = 0;
-      Vec<C> x[ROWS][STEP];
-#pragma GCC unroll 8
-      for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-        for (int i = 0; i < STEP; ++i) x[m][i] = splat<C>(g[m * N + n + i]);
-      for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
-        Vec<C> sum[ROWS];
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m) sum[m] = load(acc + (at + m) * L);
-#pragma GCC unroll 4
-        for (int i = 0; i < STEP; ++i) {
-          const Vec<C> v = load(w + (n + i) * w_row + k);
-#pragma GCC unroll 8
-          for (int m = 0; m < ROWS; ++m) sum[m] = fma(x[m][i], v, sum[m]);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m) store(acc + (at + m) * L, sum[m]);
-        at += ROWS;
-      });
-    };
-    int64_t n = 0;
-    for (; n + 4 <= N; n += 4) rows(n, std::integral_constant<int, 4>{});
-    for (; n < N; ++n) rows(n, std::integral_constant<int, 1>{});
-    int64_t at = 0;
-    for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
-      for (int m = 0; m < ROWS; ++m) store(out + m * ld + k, load(acc + (at + m) * L));
-      at += ROWS;
-    });
-  }
-}
-
-// Stores that go to memory past the caches, where the ISA has them: rows of whole vectors of float or double that all begin
-// on a vector's boundary. flush_past_cache ends them, before another thread may read.
-template <class C, class T>
-bool fits_past_cache([[maybe_unused]] const T* to, [[maybe_unused]] int64_t row) {
-#if defined(__x86_64__)
-  return std::is_same_v<C, T> && row % kLanes<C> == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<C>) == 0;
-#else
-  return false;
-#endif
-}
-template <class C, class T>
-FASTNN_INLINE void store_past_cache(T* to, Vec<C> v) {
-#if defined(__x86_64__)
-  alignas(64) float parts[sizeof(v) / sizeof(float)];
-  std::memcpy(parts, &v, sizeof v);
-  float* const at = reinterpret_cast<float*>(to);
-  if constexpr (sizeof v == 16)
-    _mm_stream_ps(at, _mm_load_ps(parts));
-  else
-    for (size_t i = 0; i < sizeof v / 4; i += 8) _mm256_stream_ps(at + i, _mm256_load_ps(parts + i));
-#else
-  store(to, v);
-#endif
-}
-inline void flush_past_cache() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// out[n, k] = Σ over m of g[m, n] x[m, k] for n in [begin, end); x is [ROWS][K], K at least a vector.
-template <int ROWS, class C, class T>
-void thin_grad_weight(int64_t N, int64_t K, int64_t begin, int64_t end, const C* g, const C* x, T* out) {
-  // A large matrix is not read into the cache just to be written over.
-  const bool past = N * K * int64_t(sizeof(T)) > (8 << 20) && fits_past_cache<C>(out, K);
-  for (int64_t n = begin; n < end; ++n) {
-    Vec<C> scale[ROWS];
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m) scale[m] = splat<C>(g[m * N + n]);
-    for_each_vector<C>(0, K, [&](int64_t k) __attribute__((always_inline)) {
-      Vec<C> sum = scale[0] * load(x + k);
-#pragma GCC unroll 8
-      for (int m = 1; m < ROWS; ++m) sum = fma(scale[m], load(x + m * K + k), sum);
-      past ? store_past_cache<C>(out + n * K + k, sum) : store(out + n * K + k, sum);
-    });
-  }
-  if (past) flush_past_cache();
-}
 
 // A strided matrix made dense, from one type to another.
 template <class T, class O>
@@ -184,27 +83,19 @@ void linear_backward_thin(const LinearBackward& p) {
     }
   if (p.grad_weight) copy_rows(p.M, p.K, static_cast<const T*>(p.input), p.input_row, p.input_col, x.data());
   parallel(worth_threads(p.threads, 4.0 * p.M * p.N * p.K, 2.0 * sizeof(T) * p.N * p.K), [&](int thread, int running) {
-    const auto run = [&](auto rows) {
+    with_thin_rows(p.M, [&](auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       Range k = share(p.K / 64 * 64, 64, thread, running);
       if (thread == running - 1) k.end = p.K;  // so that no range is shorter than a vector
       const Range n = share(p.N, 1, thread, running);
+      const C* x_rows[ROWS];
+      for (int m = 0; m < ROWS; ++m) x_rows[m] = x + m * p.K;
       if (p.grad_input && k.begin < k.end)
-        thin_grad_input<ROWS>(p.N, k.begin, k.end, g.data(), static_cast<const T*>(p.weight), p.weight_row,
-                              static_cast<T*>(p.grad_input), p.K);
+        thin_grad_input<ROWS>(p.N, k.begin, k.end, g.data(), p.N, static_cast<const T*>(p.weight), p.weight_row,
+                              static_cast<T*>(p.grad_input), p.K, false);
       if (p.grad_weight)
-        thin_grad_weight<ROWS>(p.N, p.K, n.begin, n.end, g.data(), x.data(), static_cast<T*>(p.grad_weight));
-    };
-    switch (p.M) {
-      case 1: return run(std::integral_constant<int, 1>{});
-      case 2: return run(std::integral_constant<int, 2>{});
-      case 3: return run(std::integral_constant<int, 3>{});
-      case 4: return run(std::integral_constant<int, 4>{});
-      case 5: return run(std::integral_constant<int, 5>{});
-      case 6: return run(std::integral_constant<int, 6>{});
-      case 7: return run(std::integral_constant<int, 7>{});
-      default: return run(std::integral_constant<int, 8>{});
-    }
+        thin_grad_weight<ROWS>(p.N, p.K, n.begin, n.end, g.data(), p.N, x_rows, static_cast<T*>(p.grad_weight));
+    });
   });
 }
 

@@ -2,7 +2,8 @@
 //
 // For a block of steps at a time, so that it stays in L2: z = x W_ihᵀ + b of all rows, one matrix product. Then step by
 // step z += h W_hhᵀ, and gates, cells and h from z while it is in L1. Weights are packed once for the sequence, gates of
-// a vector of units next to each other (rnn_pack.inl); few rows do not repay that and use dot products (rnn_packs).
+// a vector of units next to each other (rnn_pack.inl), by one step a panel at a time; few rows do not repay that and use
+// dot products (rnn_packs).
 // Frozen weights come packed.
 // z of a row: [panel][slots][lanes], slots: RNN two vectors of units; LSTM i f g o; GRU r z n and apart W_hn h + b_hn.
 //
@@ -31,7 +32,9 @@ struct RnnForward {
   const bool packs = given || rnn_packs(p), project = p.weights[0].weight_hr != nullptr;
   const bool panels_ih = packs && !(given && rnn_streams(p, p.rows, I));
   const bool panels_hh = packs && !(given && rnn_streams(p, B, P));
-  const Panels layout{I, H, P, packs, project};
+  // Of one step each panel is needed once: it is packed where it is used, and stays in the nearest caches.
+  const bool passing = packs && !given && p.steps == 1 && !project;
+  const Panels layout{I, H, P, packs && !passing, project};
   const int64_t panels = layout.panels, ppanels = layout.ppanels;
   const int64_t Hs = panels * UNITS, Ps = project ? ppanels * PUNITS : Hs;  // padded row of c, m and of h
   const RnnRows at{p};
@@ -95,11 +98,13 @@ struct RnnForward {
   // z (+)= a W for panels [begin, end): a packed W, or its own rows by dot products.
   template <bool STEP>
   void product(const Direction& s, int d, int64_t rows, const C* const* a, int64_t begin, int64_t end, C* z,
-               int64_t z_stride) const {
+               int64_t z_stride, C* passing_panel) const {
     const int64_t depth = STEP ? P : I;
     for (int64_t n = begin; n < end; ++n, z += SLOTS * L) {
       if (STEP ? panels_hh : panels_ih) {
-        const C* panel = (STEP ? s.w_hh : s.w_ih) + n * NV * L * depth;
+        const C* panel = passing ? passing_panel : (STEP ? s.w_hh : s.w_ih) + n * NV * L * depth;
+        if (passing)
+          layout.pack_panel(p.dtype, STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih, depth, n, passing_panel);
         constexpr int last = STEP && G == 3 ? 3 : NV - 1;
         // Of one step, the rows are in the blocks that the step's are in, so K may be split here too.
         constexpr RnnSum sum = STEP ? RnnSum::Add : RnnSum::Bias;
@@ -128,6 +133,7 @@ struct RnnForward {
     const bool convert = rnn_bytes(p.dtype) != sizeof(C);
     Scratch<C> z(block * z_stride), x(convert ? block * I : 0);
     Scratch<const C*> a(std::max(block, B));
+    Scratch<C> panel(passing ? NV * L * std::max(I, P) : 0);
     const int64_t chunk = std::max<int64_t>(8192 / (most * SLOTS * L * sizeof(C)), 1);
     int now = 0;  // the buffer of h that holds the state
 
@@ -144,7 +150,7 @@ struct RnnForward {
           if (convert) rnn_widen(p.dtype, input, I, x + rows * I);
         }
       }
-      product<false>(s, d, rows, a, own.begin, own.end, z, z_stride);
+      product<false>(s, d, rows, a, own.begin, own.end, z, z_stride, panel);
 
       C* zs = z;
       for (int64_t step = begin; step < end; ++step) {
@@ -156,7 +162,7 @@ struct RnnForward {
         for (int64_t n = own.begin; n < own.end; n += chunk) {
           const int64_t to = std::min(n + chunk, own.end);
           C* zc = zs + (n - own.begin) * SLOTS * L;
-          if (count > 0) product<true>(s, d, count, a, n, to, zc, z_stride);
+          if (count > 0) product<true>(s, d, count, a, n, to, zc, z_stride, panel);
           pointwise(d, t, mine.row_begin, mine.row_begin + count, n, to, zc, z_stride, s.h[1 - now]);
           if (!project) emit(d, t, mine.row_begin, count, leave, n * UNITS, std::min(to * UNITS, H), s.h[1 - now]);
           for (int64_t i = std::max(leave, mine.row_begin); G == 4 && i < mine.row_begin + count; ++i)

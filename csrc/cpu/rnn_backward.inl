@@ -5,11 +5,14 @@
 // as W_hh sees it, then as W_ih does), so that after the loop the weights' gradients and the input's are one matrix
 // product each, over all rows, with a fixed order of summation.
 //
+// Few rows in all (a cell's step): the products of thin.inl, with nothing packed.
+//
 // Threads as in rnn.inl: rows or units apart, one barrier a step where units are. With a projection (proj_size) the
 // step has two products: dh of the state, then through W_hr to the units.
 #pragma once
 
 #include "cpu/rnn.inl"
+#include "cpu/thin.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -89,6 +92,9 @@ struct RnnBackward {
   const bool project = p.weights[0].weight_hr != nullptr, convert = rnn_bytes(p.dtype) != sizeof(C);
   const int64_t panels = (H + UNITS - 1) / UNITS, ppanels = (P + UNITS - 1) / UNITS;
   const int64_t Hs = panels * UNITS, Ps = ppanels * UNITS, W = (G == 3 ? 4 : G) * H;  // W: row of dz
+  const bool thin = R <= kThinRows;
+  // The steps' products too: a thread's columns are whole panels, the last of them a vector or more.
+  const bool thin_steps = thin && !project && !convert && P >= L && (P % UNITS == 0 || P % UNITS >= L);
   const RnnRows at{p};
   // A half dtype is widened once: what is read row by row, and what the last products read and write.
   Scratch<C> wide_grad{convert && b.grad_output ? R * ld : 0}, wide_output{convert ? R * ld : 0},
@@ -120,7 +126,7 @@ struct RnnBackward {
   void run() {
     grad_output = wide(b.grad_output, R * ld, wide_grad), output = wide(p.output, R * ld, wide_output);
     hx = wide(p.hx, D * B * P, wide_hx), cx = wide(p.cx, D * B * H, wide_cx);
-    const int64_t sizes[] = {ppanels * UNITS * G * H,
+    const int64_t sizes[] = {thin_steps ? 0 : ppanels * UNITS * G * H,
                              project ? panels * UNITS * P : 0,
                              B * Ps,
                              project ? B * Hs : 0,
@@ -155,7 +161,7 @@ struct RnnBackward {
     Direction& s = sides[d];
     const RnnWeights& w = p.weights[d];
     const Range q = share(ppanels, 1, rank, ranks), r = share(panels, 1, rank, ranks), rows = share(B, 1, rank, ranks);
-    for (int64_t n = q.begin; n < q.end; ++n)
+    for (int64_t n = q.begin; !thin_steps && n < q.end; ++n)
       rnn_pack_columns(p.dtype, of(w.weight_hh, n * UNITS), P, std::min<int64_t>(P - n * UNITS, UNITS), G * H,
                        s.w_hh + n * UNITS * G * H);
     for (int64_t n = r.begin; project && n < r.end; ++n)
@@ -182,9 +188,18 @@ struct RnnBackward {
   }
 
   // dh of the step before, from dz of step t.
-  void recur(const Direction& s, int64_t t, const RnnShare& mine, Range own, const C** a) const {
+  void recur(const Direction& s, int d, int64_t t, const RnnShare& mine, Range own, const C** a) const {
     const int64_t count = std::min(at.count(t), mine.row_end) - mine.row_begin;
     if (count <= 0) return;
+    if (thin_steps) {
+      if (own.begin < own.end)
+        with_thin_rows(count, [&](auto rows) {
+          thin_grad_input<decltype(rows)::value>(
+              G * H, own.begin * UNITS, std::min(own.end * UNITS, P), s.dz + (at.first(t) + mine.row_begin) * W, W,
+              static_cast<const C*>(p.weights[d].weight_hh), P, s.dh + mine.row_begin * Ps, Ps, G == 3);
+        });
+      return;
+    }
     for (int64_t i = 0; i < count; ++i) a[i] = s.dz + (at.first(t) + mine.row_begin + i) * W;
     for (int64_t n = own.begin; n < own.end; ++n)
       rnn_product<C, 2, 1, true, G == 3 ? RnnSum::Add : RnnSum::Set>(
@@ -197,7 +212,7 @@ struct RnnBackward {
     Scratch<const C*> a(B);
     for (int64_t step = S - 1; step >= 0; --step) {
       const int64_t t = d ? S - 1 - step : step;
-      if (step < S - 1) recur(s, d ? t - 1 : t + 1, mine, pown, a);
+      if (step < S - 1) recur(s, d, d ? t - 1 : t + 1, mine, pown, a);
       const int64_t begin = mine.row_begin, count = std::min(at.count(t), mine.row_end) - begin;
       if (project) {
         const int64_t from = pown.begin * UNITS, to = std::min(pown.end * UNITS, P);
@@ -216,7 +231,7 @@ struct RnnBackward {
         pointwise(s, d, t, i, own.begin * UNITS, std::min(own.end * UNITS, H));
       if (mine.parts > 1) s.barrier.wait(mine.parts);
     }
-    if (b.grad_hx) recur(s, d ? S - 1 : 0, mine, pown, a);
+    if (b.grad_hx) recur(s, d, d ? S - 1 : 0, mine, pown, a);
     // Each part writes its own columns.
     const int64_t u = pown.begin * UNITS, v = own.begin * UNITS;
     for (int64_t i = mine.row_begin; i < mine.row_end; ++i) {
@@ -291,6 +306,16 @@ struct RnnBackward {
         x_rows[row] = convert ? wide_input + row * I : static_cast<const C*>(at.input(p, t, i));
       }
     const auto weight = [&](C* out, int64_t rows, int64_t cols, const C* a, int64_t a_ld, const C* const* of) {
+      if (thin && R > 0 && cols >= L) {
+        parallel(worth_threads(p.threads, 2.0 * R * rows * cols, 1.0 * sizeof(C) * rows * cols),
+                 [&](int rank, int ranks) {
+                   const Range r = share(rows, 1, rank, ranks);
+                   with_thin_rows(R, [&](auto count) {
+                     thin_grad_weight<decltype(count)::value>(rows, cols, r.begin, r.end, a, a_ld, of, out);
+                   });
+                 });
+        return;
+      }
       gemm<C>(rows, cols, R, StridedA<C, C>{a, 1, a_ld}, RnnRowsB<C>{of}, RnnStore<C>{out, cols}, p.threads);
     };
     for (int d = 0; d < D; ++d) {
@@ -315,7 +340,26 @@ struct RnnBackward {
         const C* w = wide(p.weights[d].weight_ih, K * I, wide_weight + d * K * I);
         for (int64_t k = 0; k < K; ++k) w_rows[d * K + k] = w + k * I;
       }
+      if (thin && R > 0 && I >= L) return thin_input(out, w_rows);
       gemm<C>(R, I, K * D, a, RnnRowsB<C>{w_rows}, RnnStore<C>{out, I}, p.threads);
+    });
+  }
+
+  // dX of few rows: for each direction the gates that W_ih and W_hh share, and GRU's last gate.
+  void thin_input(C* out, const C* const* w_rows) const {
+    const int64_t K = G * H, shared = G == 3 ? 2 * H : K;
+    parallel(worth_threads(p.threads, 2.0 * D * R * K * I, 1.0 * sizeof(C) * D * K * I), [&](int rank, int ranks) {
+      Range own = share(I / 64 * 64, 64, rank, ranks);
+      if (rank == ranks - 1) own.end = I;  // so that no range is shorter than a vector
+      if (own.begin < own.end)
+        with_thin_rows(R, [&](auto rows) {
+          constexpr int ROWS = decltype(rows)::value;
+          for (int64_t d = 0; d < D; ++d) {
+            const C *dz = sides[d].dz, *w = w_rows[d * K];
+            thin_grad_input<ROWS>(shared, own.begin, own.end, dz, W, w, I, out, I, d > 0);
+            if (G == 3) thin_grad_input<ROWS>(H, own.begin, own.end, dz + 3 * H, W, w + shared * I, I, out, I, true);
+          }
+        });
     });
   }
 

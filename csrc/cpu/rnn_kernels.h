@@ -12,14 +12,14 @@ struct RnnKernels {
   void (*pack)(const RnnPack&);
 };
 
-// A weight is packed once for the sequence where enough rows of it repay that; a cell, or a few steps at batch one, runs
-// on dot products along the weight's own rows. Packing costs more the less of it stays in cache, and dot products do
-// better on long rows; but a 16-bit weight would be widened again for each row.
+// A weight is packed where enough rows of it repay that; a few steps at batch one, or a cell of few rows, run on dot
+// products along the weight's own rows. A sequence packs all of it first, which costs more the less of it stays in cache.
+// But a 16-bit weight would be widened again for each row.
 inline bool rnn_packs(const RnnParams& p) {
   const int64_t weights = rnn_mode_row(p.mode).gates * p.hidden_size * (p.input_size + p.state_size);
-  // One step: from 2 MiB of panels on they pass through the last cache, from 16 on their pages are new at each call.
-  if (p.steps == 1 && p.dtype <= DType::Float64)
-    return p.rows > (weights <= 1 << 19 ? 20 : weights <= 1 << 22 ? 40 : 160);
+  // One step packs a panel at a time and uses it at once. From 2^22 elements on they come from memory, where dot products
+  // read faster.
+  if (p.steps == 1 && p.dtype <= DType::Float64) return p.rows > (weights <= 1 << 16 ? 4 : weights <= 1 << 22 ? 9 : 22);
   return p.rows > (p.dtype <= DType::Float64 ? 8 + weights / 32768 : 2 + weights / 131072);
 }
 

@@ -37,21 +37,27 @@ struct RnnPanels {
   static int64_t unit(int64_t panel, int v) { return panel * UNITS + (G == 1 ? v * L : 0); }
   static int gate(int v) { return G == 1 ? 0 : v; }
 
+  // Packs panel n of a weight [G·H, depth] into [depth][NV][lanes].
+  void pack_panel(DType dtype, const void* weight, int64_t depth, int64_t n, C* to) const {
+    int64_t row[NV], lanes[NV];
+    for (int v = 0; v < NV; ++v)
+      row[v] = gate(v) * H + unit(n, v), lanes[v] = std::clamp<int64_t>(H - unit(n, v), 0, L);
+    rnn_pack_panel(dtype, weight, depth, NV, row, lanes, depth, to);
+  }
+
   // Packs the share of one of `ranks` threads.
   void pack(DType dtype, const RnnWeights& w, C* to, int rank, int ranks) const {
     const Range r = share(panels, 1, rank, ranks);
     for (int64_t n = r.begin; n < r.end; ++n) {
-      int64_t row[NV], lanes[NV];
-      for (int v = 0; v < NV; ++v)
-        row[v] = gate(v) * H + unit(n, v), lanes[v] = std::clamp<int64_t>(H - unit(n, v), 0, L);
       if (matrices) {
-        rnn_pack_panel(dtype, w.weight_ih, I, NV, row, lanes, I, to + n * NV * L * I);
-        rnn_pack_panel(dtype, w.weight_hh, P, NV, row, lanes, P, to + w_hh + n * NV * L * P);
+        pack_panel(dtype, w.weight_ih, I, n, to + n * NV * L * I);
+        pack_panel(dtype, w.weight_hh, P, n, to + w_hh + n * NV * L * P);
       }
       for (int v = 0; v < NV; ++v) {
         alignas(64) C ih[L] = {}, hh[L] = {};
-        if (w.bias_ih) rnn_widen(dtype, rnn_at(w.bias_ih, dtype, row[v]), lanes[v], ih);
-        if (w.bias_hh) rnn_widen(dtype, rnn_at(w.bias_hh, dtype, row[v]), lanes[v], hh);
+        const int64_t row = gate(v) * H + unit(n, v), lanes = std::clamp<int64_t>(H - unit(n, v), 0, L);
+        if (w.bias_ih) rnn_widen(dtype, rnn_at(w.bias_ih, dtype, row), lanes, ih);
+        if (w.bias_hh) rnn_widen(dtype, rnn_at(w.bias_hh, dtype, row), lanes, hh);
         C* slots = to + bias + n * SLOTS * L;
         if (G == 3 && v == 2) {
           store(slots + 2 * L, load(ih));

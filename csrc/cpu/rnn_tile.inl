@@ -164,7 +164,9 @@ __attribute__((noinline)) void rnn_narrow(DType dtype, const C* src, int64_t cou
 }
 
 // Packs `count` vectors of rows of W into a panel: dst[(k * count + v) * kLanes + lane] = W[row[v] + lane, k] for
-// lane < lanes[v], zero beyond. Whole cache lines of all vectors together, so that each line is read and written once.
+// lane < lanes[v], zero beyond. Whole cache lines of all vectors together, so that each line is read and written once;
+// they come from more rows than a hardware prefetcher follows, so the lines two further are asked for (1.2 to 1.5 times
+// as fast a cell of 24 rows).
 template <class C>
 __attribute__((noinline)) void rnn_pack_panel(DType dtype, const void* from, int64_t ld, int count, const int64_t* row,
                                               const int64_t* lanes, int64_t depth, C* dst) {
@@ -176,6 +178,8 @@ __attribute__((noinline)) void rnn_pack_panel(DType dtype, const void* from, int
       const int64_t end = std::min(k0 + line, depth);
       for (int v = 0; v < count; ++v) {
         const auto* rows = w + row[v] * ld;
+        for (int64_t i = 0; i < lanes[v]; ++i)
+          __builtin_prefetch(rows + i * ld + k0 + 2 * line, 0, 2);  // to L2: rows of 4 KiB meet in one set of L1
         int64_t k = k0;
         if (lanes[v] == L)
           for (; k + L <= end; k += L) pack_transposed<C>(rows + k, ld, L, dst + (k * count + v) * L, count * L);

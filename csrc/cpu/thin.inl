@@ -1,0 +1,132 @@
+// Gradients of a product with few rows: arithmetic is nothing, traffic everything. W streams once along its rows into
+// accumulators in L1, dW streams out. Bound by memory.
+#pragma once
+
+#include "cpu/gemm.inl"
+
+namespace fastnn::cpu::FASTNN_ISA {
+
+inline constexpr int64_t kThinRows = 8;
+
+// Calls f(number of rows, from 1 to kThinRows, as std::integral_constant).
+template <class F>
+void with_thin_rows(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// Calls f(k) for vectors that cover [begin, end): the last one starts where it ends with the range, over lanes of the
+// one before. There must be a vector's worth of elements.
+template <class C, class F>
+FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t L = kLanes<C>;
+  int64_t k = begin;
+  for (; k + L <= end; k += L) f(k);
+  if (k < end) f(end - L);
+}
+
+// out[m, k] (+)= Σ over n < N of g[m, n] w[n, k] for k in [begin, end), at least a vector; rows lie *_row apart.
+template <int ROWS, class C, class T>
+void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row, const T* w, int64_t w_row,
+                     T* out, int64_t out_row, bool add) {
+  constexpr int64_t L = kLanes<C>, kChunk = 1024 / ROWS / 64 * 64;  // accumulators: 4 KiB of L1
+  alignas(64) C acc[ROWS * (kChunk + L)];
+  for (int64_t from = begin; from < end; from += kChunk) {
+    const int64_t to = std::min(from + kChunk, end), start = std::max(std::min(from, to - L), begin);
+    int64_t place = 0;
+    for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
+      for (int m = 0; m < ROWS; ++m) store(acc + place++ * L, add ? load(out + m * out_row + k) : zero<C>());
+    });
+    const auto rows = [&](int64_t n, auto count) __attribute__((always_inline)) {
+      constexpr int STEP = decltype(count)::value;
+      int64_t at = 0;
+      Vec<C> x[ROWS][STEP];
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; ++i) x[m][i] = splat<C>(g[m * g_row + n + i]);
+      for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
+        Vec<C> sum[ROWS];
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; ++m) sum[m] = load(acc + (at + m) * L);
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; ++i) {
+          const Vec<C> v = load(w + (n + i) * w_row + k);
+#pragma GCC unroll 8
+          for (int m = 0; m < ROWS; ++m) sum[m] = fma(x[m][i], v, sum[m]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; ++m) store(acc + (at + m) * L, sum[m]);
+        at += ROWS;
+      });
+    };
+    int64_t n = 0;
+    for (; n + 4 <= N; n += 4) rows(n, std::integral_constant<int, 4>{});
+    for (; n < N; ++n) rows(n, std::integral_constant<int, 1>{});
+    int64_t at = 0;
+    for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
+      for (int m = 0; m < ROWS; ++m) store(out + m * out_row + k, load(acc + (at + m) * L));
+      at += ROWS;
+    });
+  }
+}
+
+// Stores that go to memory past the caches, where the ISA has them: rows of whole vectors of float or double that all begin
+// on a vector's boundary. flush_past_cache ends them, before another thread may read.
+template <class C, class T>
+bool fits_past_cache([[maybe_unused]] const T* to, [[maybe_unused]] int64_t row) {
+#if defined(__x86_64__)
+  return std::is_same_v<C, T> && row % kLanes<C> == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<C>) == 0;
+#else
+  return false;
+#endif
+}
+template <class C, class T>
+FASTNN_INLINE void store_past_cache(T* to, Vec<C> v) {
+#if defined(__x86_64__)
+  alignas(64) float parts[sizeof(v) / sizeof(float)];
+  std::memcpy(parts, &v, sizeof v);
+  float* const at = reinterpret_cast<float*>(to);
+  if constexpr (sizeof v == 16)
+    _mm_stream_ps(at, _mm_load_ps(parts));
+  else
+    for (size_t i = 0; i < sizeof v / 4; i += 8) _mm256_stream_ps(at + i, _mm256_load_ps(parts + i));
+#else
+  store(to, v);
+#endif
+}
+inline void flush_past_cache() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// out[n, k] = Σ over m of g[m, n] x[m][k] for n of [0, N) in [begin, end), k < K, at least a vector.
+template <int ROWS, class C, class T>
+void thin_grad_weight(int64_t N, int64_t K, int64_t begin, int64_t end, const C* g, int64_t g_row, const C* const* x,
+                      T* out) {
+  // A large matrix is not read into the cache just to be written over.
+  const bool past = N * K * int64_t(sizeof(T)) > (8 << 20) && fits_past_cache<C>(out, K);
+  for (int64_t n = begin; n < end; ++n) {
+    Vec<C> scale[ROWS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) scale[m] = splat<C>(g[m * g_row + n]);
+    for_each_vector<C>(0, K, [&](int64_t k) __attribute__((always_inline)) {
+      Vec<C> sum = scale[0] * load(x[0] + k);
+#pragma GCC unroll 8
+      for (int m = 1; m < ROWS; ++m) sum = fma(scale[m], load(x[m] + k), sum);
+      past ? store_past_cache<C>(out + n * K + k, sum) : store(out + n * K + k, sum);
+    });
+  }
+  if (past) flush_past_cache();
+}
+
+}  // namespace fastnn::cpu::FASTNN_ISA
