@@ -150,6 +150,17 @@ def test_exact_on_small_integers(isa, dtype):
                 assert torch.equal(y.double()[held], z[held])
 
 
+# steps, batch, inputs, hidden, directions: the backward of csrc/cpu/thin.inl, its columns whole panels, with a tail, or not
+FEW_ROWS = (
+    (1, 1, 9, 24, 1),
+    (1, 8, 40, 32, 1),
+    (2, 3, 16, 25, 2),
+    (4, 2, 7, 48, 2),
+    (7, 1, 70, 16, 1),
+    (1, 5, 33, 140, 1),
+)
+
+
 @pytest.mark.parametrize("isa", testing.available_isas())
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_of_every_variant(kind, isa):
@@ -159,6 +170,8 @@ def test_backward_of_every_variant(kind, isa):
             (4, 7, 9, 17, 2),
             (9, 2, 17, 8, 1),
             (2, 13, 5, 33, 2),
+            (1, 11, 9, 21, 1),
+            *FEW_ROWS,
         ):
             torch.manual_seed(0)
             args = to(layer(kind, steps, batch, inputs, hidden, directions=directions), torch.float32)
@@ -212,6 +225,9 @@ def test_same_on_any_number_of_threads(kind):
         (5, 37, 24, 96, 2),
         (6, 64, 16, 32, 1),
         (3, 13, 64, 160, 2),
+        (1, 30, 120, 170, 1),
+        (1, 2, 300, 330, 1),
+        (4, 2, 100, 250, 2),
     ):
         torch.manual_seed(0)
         args = layer(kind, steps, batch, inputs, hidden, torch.float32, directions)
@@ -234,7 +250,15 @@ def test_same_on_any_number_of_threads(kind):
 @pytest.mark.parametrize("isa", testing.available_isas())
 @pytest.mark.parametrize("kind", KINDS)
 def test_guard_pages(kind, isa, side):
-    shapes = ((1, 1, 3, 5), (1, 3, 8, 8), (3, 7, 5, 9), (20, 1, 9, 17), (2, 13, 17, 7))
+    shapes = (
+        (1, 1, 3, 5),
+        (1, 3, 8, 8),
+        (3, 7, 5, 9),
+        (20, 1, 9, 17),
+        (2, 13, 17, 7),
+        (1, 11, 9, 21),
+        *(few[:4] for few in FEW_ROWS),
+    )
     with testing.forced_isa(isa), testing.guarded_outputs(side):
         for (steps, batch, inputs, hidden), dtype in itertools.product(shapes, DTYPES):
             x, sizes, hx, cx, weights, mode = layer(kind, steps, batch, inputs, hidden, dtype, 2)
