@@ -161,12 +161,13 @@ struct RnnBackward {
     Direction& s = sides[d];
     const RnnWeights& w = p.weights[d];
     const Range q = share(ppanels, 1, rank, ranks), r = share(panels, 1, rank, ranks), rows = share(B, 1, rank, ranks);
-    for (int64_t n = q.begin; !thin_steps && n < q.end; ++n)
-      rnn_pack_columns(p.dtype, of(w.weight_hh, n * UNITS), P, std::min<int64_t>(P - n * UNITS, UNITS), G * H,
-                       s.w_hh + n * UNITS * G * H);
-    for (int64_t n = r.begin; project && n < r.end; ++n)
-      rnn_pack_columns(p.dtype, of(w.weight_hr, n * UNITS), H, std::min<int64_t>(H - n * UNITS, UNITS), P,
-                       s.w_hr + n * UNITS * P);
+    const auto pack = [&](const void* weight, int64_t cols, int64_t depth, Range own, C* to) {
+      if (own.begin < own.end)
+        rnn_pack_columns(p.dtype, of(weight, own.begin * UNITS), cols,
+                         std::min(own.end * UNITS, cols) - own.begin * UNITS, depth, to + own.begin * UNITS * depth);
+    };
+    if (!thin_steps) pack(w.weight_hh, P, G * H, q, s.w_hh);
+    if (project) pack(w.weight_hr, H, P, r, s.w_hr);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       std::memset(s.dh + i * Ps, 0, Ps * sizeof(C));
       if (b.grad_h_n) rnn_widen(p.dtype, of(b.grad_h_n, (d * B + i) * P), P, s.dh + i * Ps);

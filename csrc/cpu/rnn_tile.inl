@@ -191,15 +191,25 @@ __attribute__((noinline)) void rnn_pack_panel(DType dtype, const void* from, int
   });
 }
 
-// Packs columns [0, cols) of W, each row `ld` apart, into dst[k * 2 kLanes + column]; missing columns become zero.
+// Packs columns [0, cols) of W, its rows `ld` apart, into panels [depth][2 lanes]; missing columns become zero. Four panels
+// at a time: one panel's run of a row is a cache line, or half of one.
 template <class C>
 __attribute__((noinline)) void rnn_pack_columns(DType dtype, const void* from, int64_t ld, int64_t cols, int64_t depth,
                                                 C* dst) {
-  constexpr int L = kLanes<C>;
-  for (int64_t k = 0; k < depth; ++k, dst += 2 * L) {
-    rnn_widen(dtype, rnn_at(from, dtype, k * ld), cols, dst);
-    for (int64_t i = cols; i < 2 * L; ++i) dst[i] = C(0);
-  }
+  constexpr int64_t L = kLanes<C>, WIDTH = 2 * L, GROUP = 4 * WIDTH;
+  rnn_with_storage<C>(dtype, [&](auto t) {
+    for (int64_t n0 = 0; n0 < cols; n0 += GROUP) {
+      const int64_t end = std::min(n0 + GROUP, cols);
+      for (int64_t k = 0; k < depth; ++k) {
+        const auto* row = static_cast<const decltype(t)*>(from) + k * ld;
+        for (int64_t n = n0; n < end; n += WIDTH) {
+          C* to = dst + n * depth + k * WIDTH;
+          store(to, load_first(row + n, end - n));
+          store(to + L, end - n > L ? load_first(row + n + L, end - n - L) : zero<C>());
+        }
+      }
+    }
+  });
 }
 
 // r[0][j] = sum of the lanes of r[j]. Each round halves the vectors: of a pair, the lanes without bit D go on with the
