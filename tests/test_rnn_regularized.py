@@ -379,12 +379,12 @@ def test_treated_as_every_module(options):
         assert fastnn.accelerate(module, inplace=True, freeze=True) is module
         for a, b in zip(tensors(module(x)), expected, strict=True):
             torch.testing.assert_close(a, b)
-        assert (module._pack is None) == module._step_by_step  # nothing is packed where no kernel would take it
+        assert module._pack is not None
         fastnn.restore(module)
         assert type(module) is nn.LSTM and repr(module) == repr(twin)  # built as fastnn's: stays
         same(tensors(module(x)), expected)
     (row,) = fastnn.explain(module)
-    assert row.served and ("step by step" in row.note) == module._step_by_step
+    assert row.served and not row.note
 
 
 def test_a_swapped_module_is_a_plain_one():
