@@ -271,7 +271,9 @@ def test_opcheck(kind, packed):
     torch.library.opcheck(torch.ops.fastnn.rnn_pack.default, (weights_of_one, mode))
     torch.library.opcheck(torch.ops.fastnn.rnn.default, (*args, packs(args)))
     # With gradients wanted this would trace the second derivative step by step: once, below, is enough.
-    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, mode, None, None, 0.0, mask))
+    torch.library.opcheck(
+        torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, mode, None, None, 0.0, mask)
+    )
     for t in leaves(args):
         t.requires_grad_()
     torch.library.opcheck(torch.ops.fastnn.rnn.default, args)

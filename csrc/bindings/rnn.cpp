@@ -243,16 +243,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_train_cpu(const Tensor& input, co
                                                          at::TensorList weights, Mode mode, OptionalTensorList norms,
                                                          const OptionalTensor& zoneout_mask, double zoneout) {
   Tensor reserve;
-  auto [output, h_n, c_n] = forward(input, batch_sizes, hx, cx, weights, mode, std::nullopt, norms, zoneout_mask,
-                                    zoneout, &reserve);
+  auto [output, h_n, c_n] =
+      forward(input, batch_sizes, hx, cx, weights, mode, std::nullopt, norms, zoneout_mask, zoneout, &reserve);
   return {std::move(output), std::move(h_n), std::move(c_n), std::move(reserve)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rnn_backward_cpu(
     const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
     const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx,
-    at::TensorList weights, const Tensor& output, const Tensor& reserve, Mode mode,
-    OptionalTensorList norms, const OptionalTensor& zoneout_mask, double zoneout, std::array<bool, 4> output_mask) {
+    at::TensorList weights, const Tensor& output, const Tensor& reserve, Mode mode, OptionalTensorList norms,
+    const OptionalTensor& zoneout_mask, double zoneout, std::array<bool, 4> output_mask) {
   Problem q = check(input, batch_sizes, hx, cx, weights, mode, norms, zoneout_mask, zoneout);
   RnnBackwardParams b{q.params};
   const RnnParams& p = b.forward;

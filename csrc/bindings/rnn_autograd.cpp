@@ -55,8 +55,8 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, h_n, c_n, reserve] =
         rnn_train_op().call(input, batch_sizes, hx, cx, weights, mode, listed(norms), zoneout_mask, zoneout);
-    Tensors saved = {input,  batch_sizes.value_or(Tensor()), hx, cx.value_or(Tensor()), output, reserve,
-                     zoneout_mask.value_or(Tensor())};
+    Tensors saved = {input,   batch_sizes.value_or(Tensor()), hx, cx.value_or(Tensor()), output,
+                     reserve, zoneout_mask.value_or(Tensor())};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), norms.begin(), norms.end());
     ctx->save_for_backward(std::move(saved));
@@ -87,10 +87,10 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled())
       guard.emplace();  // create_graph: through Autograd, whose formula is in reference.py
-    auto [grad_input, grad_hx, grad_cx, grad_weights, grad_norms] = rnn_backward_op().call(
-        defined_only(grads[0]), defined_only(grads[1]), defined_only(grads[2]), saved[0], batch_sizes, saved[2], cx,
-        weights, saved[4], saved[5], mode, listed(norms), defined_only(saved[6]),
-        ctx->saved_data["zoneout"].toDouble(), mask);
+    auto [grad_input, grad_hx, grad_cx, grad_weights, grad_norms] =
+        rnn_backward_op().call(defined_only(grads[0]), defined_only(grads[1]), defined_only(grads[2]), saved[0],
+                               batch_sizes, saved[2], cx, weights, saved[4], saved[5], mode, listed(norms),
+                               defined_only(saved[6]), ctx->saved_data["zoneout"].toDouble(), mask);
     result[0] = grad_input, result[2] = grad_hx, result[3] = grad_cx;
     std::move(grad_weights.begin(), grad_weights.end(), result.begin() + 4);
     std::move(grad_norms.begin(), grad_norms.end(), result.begin() + 4 + weights.size());
@@ -196,8 +196,8 @@ py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx,
   Outputs y;
   {
     py::gil_scoped_release no_gil;
-    y = rnn_op().call(x, std::nullopt, *h, c, weights, name,
-                      packed.empty() ? std::nullopt : OptionalTensorList(packed), std::nullopt, std::nullopt, 0.0);
+    y = rnn_op().call(x, std::nullopt, *h, c, weights, name, packed.empty() ? std::nullopt : OptionalTensorList(packed),
+                      std::nullopt, std::nullopt, 0.0);
   }
   if (!c) return wrap(std::get<0>(std::move(y)));
   return py::make_tuple(wrap(std::get<0>(std::move(y))), wrap(std::get<2>(std::move(y))));
@@ -208,7 +208,8 @@ py::object rnn_cell(const py::dict& parameters, py::handle input, py::handle hx,
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "rnn(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode, "
-      "Tensor[]? packed=None, Tensor[]? norms=None, Tensor? zoneout_mask=None, float zoneout=0.0) -> (Tensor output, Tensor h_n, Tensor c_n)");
+      "Tensor[]? packed=None, Tensor[]? norms=None, Tensor? zoneout_mask=None, float zoneout=0.0) -> (Tensor output, "
+      "Tensor h_n, Tensor c_n)");
   m.def(
       "rnn_train(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor? cx, Tensor[] weights, str mode, "
       "Tensor[]? norms=None, Tensor? zoneout_mask=None, float zoneout=0.0) -> "

@@ -123,7 +123,8 @@ struct RnnForward {
       }
       const void* w = STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih;
       if (!STEP)
-        for (int64_t i = 0; i < rows; ++i) std::memcpy(z + i * z_stride, s.start + n * SLOTS * L, SLOTS * L * sizeof(C));
+        for (int64_t i = 0; i < rows; ++i)
+          std::memcpy(z + i * z_stride, s.start + n * SLOTS * L, SLOTS * L * sizeof(C));
       for (int v = 0; v < NV && unit(n, v) < H; ++v)
         rnn_dots<C>(p.dtype, of(w, (gate(v) * H + unit(n, v)) * depth), depth, std::min<int64_t>(H - unit(n, v), L),
                     depth, rows, a, z + (STEP && G == 3 && v == 2 ? 3 : v) * L, z_stride, true);
@@ -253,8 +254,8 @@ struct RnnForward {
                     C* h_next) const {
     if constexpr (G == 4)
       for (int64_t i = row; i < row + count; ++i, z += z_stride)
-        norm.cell(z, s.norms + norm.c(), s.c + i * Hs, project ? s.m + i * Hs : h_next + i * Ps,
-                  kept_of(d, t, i, 0), kept_of(d, t, i, kept + 2 * G * H + 2));
+        norm.cell(z, s.norms + norm.c(), s.c + i * Hs, project ? s.m + i * Hs : h_next + i * Ps, kept_of(d, t, i, 0),
+                  kept_of(d, t, i, kept + 2 * G * H + 2));
   }
 
   // Zoneout of units [begin, end): h = k h_last + (1 - k) h̃, h̃ being in h. RNN keeps h̃, from which its gradient comes.

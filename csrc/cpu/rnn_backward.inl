@@ -104,10 +104,10 @@ struct RnnBackward {
   const C *grad_output = nullptr, *output = nullptr, *hx = nullptr, *cx = nullptr;
 
   struct Direction {
-    C *w_hh, *w_hr;    // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
-    C *dh, *dm, *dc;   // [B][Ps], [B][Hs], [B][Hs]
-    C *dz, *dhp, *m;   // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
-    C *dzh, *du;       // with layer norm: [R][G·H], [R][H]: gradients of h W_hhᵀ and of LSTM's normalised cell
+    C *w_hh, *w_hr;   // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
+    C *dh, *dm, *dc;  // [B][Ps], [B][Hs], [B][Hs]
+    C *dz, *dhp, *m;  // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
+    C *dzh, *du;      // with layer norm: [R][G·H], [R][H]: gradients of h W_hhᵀ and of LSTM's normalised cell
     const C *norm_ih, *norm_hh, *norm_c, *norm_c_bias;
     const C** h_last;  // [R] rows of the state before
     Barrier barrier;
@@ -212,9 +212,7 @@ struct RnnBackward {
   // Gradient of a row of h W_hhᵀ.
   const C* dzh_of(const Direction& s, int64_t row) const { return normed ? s.dzh + row * G * H : s.dz + row * W; }
   // What training kept of a row.
-  const C* kept_of(int64_t d, int64_t row) const {
-    return static_cast<const C*>(p.reserve) + (d * R + row) * reserved;
-  }
+  const C* kept_of(int64_t d, int64_t row) const { return static_cast<const C*>(p.reserve) + (d * R + row) * reserved; }
 
   void sequence(int d, const RnnShare& mine) {
     Direction& s = sides[d];
@@ -246,8 +244,7 @@ struct RnnBackward {
         pointwise<G == 4>(s, d, t, i, 0, H);
         const int64_t row = at.first(t) + i;
         const C* hats = kept_of(d, row) + kept;
-        norm.gates_backward(s.dz + row * W, hats + G * H, s.norm_hh, hats[2 * G * H + 1], G - 1,
-                            s.dzh + row * G * H);
+        norm.gates_backward(s.dz + row * W, hats + G * H, s.norm_hh, hats[2 * G * H + 1], G - 1, s.dzh + row * G * H);
       }
       if (mine.parts > 1) s.barrier.wait(mine.parts);
     }
@@ -367,9 +364,8 @@ struct RnnBackward {
         weight(out, shared, I, s.dz, W, x_rows);
         if (G == 3) weight(out + shared * I, H, I, s.dz + 3 * H, W, x_rows);
       });
-      result(grads.weight_hh, G * H * P, [&](C* out) {
-        weight(out, G * H, P, dzh_of(s, 0), normed ? G * H : W, s.h_last);
-      });
+      result(grads.weight_hh, G * H * P,
+             [&](C* out) { weight(out, G * H, P, dzh_of(s, 0), normed ? G * H : W, s.h_last); });
       for (int64_t row = 0; project && row < R; ++row) m_rows[row] = s.m + row * H;
       result(grads.weight_hr, P * H, [&](C* out) { weight(out, P, H, s.dhp, P, m_rows); });
     }

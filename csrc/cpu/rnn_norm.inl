@@ -52,14 +52,16 @@ FASTNN_INLINE RnnStatistics<C> rnn_statistics(const C* row, int64_t units, int64
       for (int v = 0; v < NV; ++v) sum[v] = term(load(at + (v < NV - 1 ? v : LAST) * L), sum[v], L);
     if (rest)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[v] = term(load(at + (v < NV - 1 ? v : LAST) * L), sum[v], UNITS == NV * L ? rest - v * L : rest);
+      for (int v = 0; v < NV; ++v)
+        sum[v] = term(load(at + (v < NV - 1 ? v : LAST) * L), sum[v], UNITS == NV * L ? rest - v * L : rest);
 #pragma GCC unroll 4
     for (int v = 1; v < NV; ++v) sum[0] += sum[v];
     return reduce_add<C>(sum[0]);
   };
   const C mean = total([](Vec<C> x, Vec<C> sum, int64_t count) __attribute__((always_inline)) {
                    return sum + (count == L ? x : rnn_first_lanes<C>(x, count));
-                 }) / C(values);
+                 }) /
+                 C(values);
   const C square = total([&](Vec<C> x, Vec<C> sum, int64_t count) __attribute__((always_inline)) {
     const Vec<C> away = count == L ? x - mean : rnn_first_lanes<C>(x - mean, count);
     return fma(away, away, sum);

@@ -261,7 +261,7 @@ def lstm_cell(
 # ---- fakes and second derivatives ------------------------------------------------------------------------------------
 
 
-def _check(input, batch_sizes, hx, cx, weights, mode):
+def _check(input, batch_sizes, hx, cx, weights, norms):
     """Whether it is one step, and the directions; the rules are those of ``check`` in csrc/bindings/rnn.cpp."""
     step = input.dim() == 2 and batch_sizes is None
     size = weights[0].shape[1]
@@ -272,7 +272,7 @@ def _check(input, batch_sizes, hx, cx, weights, mode):
             f"dimension; got {list(input.shape)}."
         ),
     )
-    for name, tensor in (("hx", hx), ("cx", cx), *(("weights", w) for w in weights)):
+    for name, tensor in (("hx", hx), ("cx", cx), *(("weights", w) for w in (*weights, *(norms or ())))):
         torch._check(
             tensor is None or tensor.dtype == input.dtype,
             lambda: f"fastnn.rnn: {name} must have the dtype of input ({input.dtype}); got {tensor.dtype}.",
@@ -282,7 +282,7 @@ def _check(input, batch_sizes, hx, cx, weights, mode):
 
 @torch.library.register_fake("fastnn::rnn")
 def _rnn_fake(input, batch_sizes, hx, cx, weights, mode, packed=None, norms=None, zoneout_mask=None, zoneout=0.0):
-    step, directions = _check(input, batch_sizes, hx, cx, weights, mode)
+    step, directions = _check(input, batch_sizes, hx, cx, weights, norms)
     output = input.new_empty([*input.shape[:-1], directions * hx.shape[-1]])
     h_n = input.new_empty(0) if step else input.new_empty(hx.shape)
     return output, h_n, input.new_empty(0 if cx is None else cx.shape)
@@ -290,13 +290,13 @@ def _rnn_fake(input, batch_sizes, hx, cx, weights, mode, packed=None, norms=None
 
 @torch.library.register_fake("fastnn::rnn_train")
 def _(input, batch_sizes, hx, cx, weights, mode, norms=None, zoneout_mask=None, zoneout=0.0):
-    directions = _check(input, batch_sizes, hx, cx, weights, mode)[1]
+    directions = _check(input, batch_sizes, hx, cx, weights, norms)[1]
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     width = _RESERVED[mode] * (weights[0].shape[0] // _GATES[mode])  # rnn_reserved of csrc/include/fastnn/rnn.h
     if _GATES[mode] == 1 and (zoneout_mask is not None or zoneout > 0):
         width += weights[0].shape[0]
     if norms:
-        width += 2 * weights[0].shape[0] + 4
+        width += 2 * weights[0].shape[0] + (4 if mode == "LSTM" else 2)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return *_rnn_fake(input, batch_sizes, hx, cx, weights, mode), input.new_empty(
         [directions, rows, width], dtype=dtype

@@ -46,7 +46,7 @@ struct RnnWeights {
   const void* weight_hr = nullptr;  // [P, H] or null
   // γ_ih, γ_hh [G·H], and for LSTM γ_c, β_c [H]; null: no layer norm
   const void *norm_ih = nullptr, *norm_hh = nullptr, *norm_c_weight = nullptr, *norm_c_bias = nullptr;
-  const void* packed = nullptr;     // [rnn_packed_size] of compute type, all of these but norms as rnn_pack left them
+  const void* packed = nullptr;  // [rnn_packed_size] of compute type, all of these but norms as rnn_pack left them
 };
 
 struct RnnParams {
@@ -74,13 +74,14 @@ struct RnnParams {
 };
 
 // What training keeps of a row, in this order: gates and cells as kRnnModes says, for RNN with zoneout h̃ [H]; with layer
-// norm LN(W_ih x) [G·H], LN(W_hh h) [G·H], and four numbers: 1/std of both, mean and 1/std of c'.
+// norm LN(W_ih x) [G·H], LN(W_hh h) [G·H], 1/std of both, and for LSTM mean and 1/std of c'.
 inline int64_t rnn_kept(const RnnParams& p) {
   const RnnModeRow& row = rnn_mode_row(p.mode);
   return (row.reserved + (row.gates == 1 && p.zoned())) * p.hidden_size;
 }
 inline int64_t rnn_reserved(const RnnParams& p) {
-  return rnn_kept(p) + (p.normed() ? 2 * rnn_mode_row(p.mode).gates * p.hidden_size + 4 : 0);
+  const int gates = rnn_mode_row(p.mode).gates;
+  return rnn_kept(p) + (p.normed() ? 2 * gates * p.hidden_size + (p.mode == RnnMode::Lstm ? 4 : 2) : 0);
 }
 
 struct RnnBackwardParams {
