@@ -371,22 +371,26 @@ def test_edges(kind, isa):
 @pytest.mark.parametrize("isa", testing.available_isas())
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_exact_as_torch(kind, isa):
-    """In float32 no farther from float64 than the formula in torch's operators."""
+    """In float32 no farther from float64 than the formula in torch's operators: layer norm makes errors of z larger."""
+    wide = lambda ts: None if ts is None else [t if t is None else t.double() for t in ts]  # noqa: E731
+    shapes = ((1, 1, 5, 9, 1), (7, 5, 9, 17, 2), (12, 13, 33, 64, 1))
     with testing.forced_isa(isa):
-        for shape, options in itertools.product(
-            ((1, 1, 5, 9, 1), (7, 5, 9, 17, 2), (12, 13, 33, 64, 1)), ({}, dict(mask=False, p=P))
-        ):
-            torch.manual_seed(0)
-            args, rest = arguments(kind, shape, **options)
-            wide = lambda ts: None if ts is None else [t if t is None else t.double() for t in ts]  # noqa: E731
-            x, sizes, hx, cx, weights, mode = args
-            x, hx, cx = wide((x, hx, cx))
-            exact = results((x, sizes, hx, cx, wide(weights), mode), (wide(rest[0]), *rest[1:]), oracle=True)
-            for y, z, stock in zip(results(args, rest), exact, results(args, rest, oracle=True), strict=True):
-                magnitude = z.abs().amax() + 1
-                testing.assert_close_to_oracle(
-                    y, z, magnitude, stock, c=512, name=f"{shape} {options} {tuple(y.shape)}"
-                )
+        for shape, options in itertools.product(shapes, ({}, dict(mask=False, p=P))):
+            ours, theirs = [], []
+            for seed in range(3):
+                torch.manual_seed(seed)
+                args, rest = arguments(kind, shape, **options)
+                x, sizes, hx, cx, weights, mode = args
+                x, hx, cx = wide((x, hx, cx))
+                exact = results((x, sizes, hx, cx, wide(weights), mode), (wide(rest[0]), *rest[1:]), oracle=True)
+                stocks = results(args, rest, oracle=True)
+                for y, z, stock in zip(results(args, rest), exact, stocks, strict=True):
+                    magnitude = z.abs().amax() + 1
+                    testing.assert_close_to_oracle(y, z, magnitude, c=512, name=f"{shape} {options} {tuple(y.shape)}")
+                    ours.append(((y - z) / magnitude).flatten())
+                    theirs.append(((stock - z) / magnitude).flatten())
+            error, limit = (torch.cat(errors).square().mean().sqrt() for errors in (ours, theirs))
+            assert error <= 2 * limit, (shape, options, error, limit)
 
 
 @pytest.mark.parametrize("kind", KINDS)

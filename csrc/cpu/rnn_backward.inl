@@ -5,9 +5,9 @@
 // as W_hh sees it, then as W_ih does), so that after the loop the weights' gradients and the input's are one matrix
 // product each, over all rows, with a fixed order of summation.
 //
-// With layer norm (rnn_norm.inl) these are gradients of the normalised products. Those of h W_hhᵀ itself follow at each
-// step, [R][G·H], since the step before needs them; those of x W_ihᵀ after the loop take the place of the former. With
-// zoneout a part of dh goes straight to the step before, and only the rest meets the formulas.
+// With layer norm (rnn_norm.inl) z sums normalised products. The gradient of h W_hhᵀ itself, [R][G·H], follows at each
+// step, since the step before needs it; that of x W_ihᵀ takes the place of z's after the loop. With zoneout a part of dh
+// goes straight to the step before, and only the rest meets the formulas.
 //
 // Threads as in rnn.inl: rows or units apart, one barrier a step where units are. With a projection (proj_size) the
 // step has two products: dh of the state, then through W_hr to the units.
