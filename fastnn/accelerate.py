@@ -285,8 +285,6 @@ def explain(model: nn.Module) -> Explanation:
         if len(names[id(m)]) > 1:
             note = "; ".join([note, "also " + ", ".join(names[id(m)][1:])]).lstrip("; ")
         if isinstance(m, _OWN):
-            if getattr(m, "_step_by_step", False):
-                note = "; ".join([*filter(None, [note]), "step by step: no kernel has its options yet"])
             rows.append(Row(name, m.__dict__.get(_STOCK, (cls,))[0].__name__, True, note))
         elif note.startswith(("folded", "fused")):
             rows.append(Row(name, m.__dict__[_BEFORE].__name__, True, note))

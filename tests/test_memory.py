@@ -1,4 +1,4 @@
-"""The memory of a call: it is counted (bench/memory.py), and linear's and conv2d's is no more than a few blocks."""
+"""The memory of a call: it is counted (bench/memory.py); linear's and conv2d's is a few blocks, rnn's what it has to keep."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from bench import memory
 from fastnn import _C, testing
 from fastnn.functional import linear
-from fastnn.testing import CONV2D, LINEAR
+from fastnn.testing import CONV2D, LINEAR, RNN, RnnCase
 
 OPS = torch.ops.fastnn
 
@@ -107,4 +107,69 @@ def test_conv2d_holds_a_few_blocks(direction, dtype, layout):
         algorithm = _C._conv2d_algorithm(x, weight, *geometry)
         taps = {"winograd2": 16, "winograd4": 36}.get(algorithm, weight[0, 0].numel())  # Winograd's are transformed
         found[case.name] = taken, allowed(case.out_channels, weight.shape[1] * taps, x, weight, output)
+    check(found)
+
+
+# ---- recurrent layers ------------------------------------------------------------------------------------------------
+
+# Forward: the weights packed once, the states, and a block of steps' gates: 192 KiB, or 48 rows or a step where those are
+# more; with layer norm a step's product with the state beside them. Backward: the gradient of every row's gates, and of
+# what W_hr and W_hh gave where a projection or layer norm lies between; and what linear's backward holds for one product.
+# 16-bit tensors are widened, and results rounded from copies. Of all that five quarters.
+MODES = {"rnn_tanh": ("RNN_TANH", 1), "rnn_relu": ("RNN_RELU", 1), "gru": ("GRU", 3), "lstm": ("LSTM", 4)}
+OPTIONS = {"plain": (False, False), "zoneout": (False, True), "layer norm": (True, False), "both": (True, True)}
+
+
+def allowed_rnn(direction: str, case: RnnCase, steps: int, norm: bool, zoneout: bool, half: bool) -> int:
+    """Return the bound in bytes for one layer of a case: five for each element of four bytes."""
+    gates, width, state = MODES[case.kind][1], case.input_size, case.proj_size or case.hidden_size
+    directions, rows, hidden = 1 + case.bidirectional, steps * case.batch, -(-case.hidden_size // 32) * 32
+    padded = -(-state // 32) * 32
+    weights = gates * hidden * (width + padded) + (hidden * padded if case.proj_size else 0)
+    states = case.batch * (2 * padded + 3 * hidden)
+    if direction == "forward":
+        held = max(48 << 10, max(48, case.batch) * (gates * hidden + width))
+        held += (case.batch + 10) * gates * hidden if norm else 0
+        return 5 * (directions * (weights + states) + held)
+    kept = (4 if gates == 3 else gates) * hidden
+    kept += padded + hidden if case.proj_size else 0
+    kept += gates * hidden + hidden if norm else 0
+    kept += width + 4 * padded if half else 0
+    tables = rows * (directions + 2) * 2  # pointers
+    results = max(rows * width, weights) if half else 0
+    return 5 * (directions * (weights + states + rows * kept) + tables + results + BLOCKS * BLOCK // 4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_rnn_holds_what_it_has_to(direction, dtype, options):
+    zeros, found = partial(torch.zeros, dtype=getattr(torch, dtype)), {}
+    norm, zoneout = OPTIONS[options]
+    for case in RNN if options == "plain" else RNN[::2]:
+        mode, gates = MODES[case.kind]
+        steps, hidden, directions = min(case.time or 1, 50), case.hidden_size, 1 + case.bidirectional
+        state = case.proj_size or hidden
+        weights = [zeros(gates * hidden, case.input_size), zeros(gates * hidden, state), *[zeros(gates * hidden)] * 2]
+        weights += [zeros(state, hidden)] if case.proj_size else []
+        norms = [zeros(gates * hidden)] * 2 + ([zeros(hidden)] * 2 if mode == "LSTM" else [])
+        mask = torch.zeros(directions, steps * case.batch, state, dtype=torch.bool) if zoneout else None
+        x, hx = zeros(steps, case.batch, case.input_size), zeros(directions, case.batch, state)
+        cx = zeros(directions, case.batch, hidden) if mode == "LSTM" else None
+        args = (x, None, hx, cx, weights * directions, mode)
+        rest = (norms * directions if norm else None, mask, 0.0)
+        with testing.threads(1):
+            if direction == "forward":
+                taken = memory.extra(lambda args=args, rest=rest: OPS.rnn(*args, None, *rest))
+            else:
+                *ys, reserve = OPS.rnn_train(*args, *rest)
+                grads = [y if y.numel() else None for y in ys]
+                call = partial(OPS.rnn_backward, *grads, *args[:5], ys[0], reserve, mode, *rest, [True] * 4)
+
+                def flat(call=call):
+                    *first, of_weights, of_norms = call()
+                    return [t for t in (*first, *of_weights, *of_norms) if t is not None]
+
+                taken = memory.extra(flat)
+        found[case.name] = taken, allowed_rnn(direction, case, steps, norm, zoneout, dtype == "bfloat16")
     check(found)

@@ -295,7 +295,9 @@ def test_opcheck(kind, packed):
     torch.library.opcheck(torch.ops.fastnn.rnn_pack.default, (weights_of_one, mode))
     torch.library.opcheck(torch.ops.fastnn.rnn.default, (*args, packs(args)))
     # With gradients wanted this would trace the second derivative step by step: once, below, is enough.
-    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, mode, mask))
+    torch.library.opcheck(
+        torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, mode, None, None, 0.0, mask)
+    )
     for t in leaves(args):
         t.requires_grad_()
     torch.library.opcheck(torch.ops.fastnn.rnn.default, args)
@@ -308,7 +310,8 @@ def test_opcheck_of_second_derivatives():
         t.requires_grad_()
     gs = [torch.randn_like(ys[0]), torch.randn_like(ys[1]), None]
     mask = [True, True, False, True]
-    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, args[5], mask))
+    arguments = (*gs, *args[:5], ys[0], reserve, args[5], None, None, 0.0, mask)
+    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)

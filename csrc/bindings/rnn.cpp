@@ -18,7 +18,7 @@ using Mode = std::string_view;
 struct Problem {
   RnnParams params;
   Tensors held;
-  int gates, reserved, each;     // `each`: weights of one direction
+  int gates, each;               // `each`: weights of one direction
   bool step, biased, projected;  // step: input is [B, I], one step of a cell
   std::vector<int64_t> output_shape;
 
@@ -40,7 +40,7 @@ void read_mode(Problem& q, Mode mode) {
     if (mode == known.name) row = &known;
   TORCH_CHECK_VALUE(row, "fastnn.rnn: mode must be one of RNN_TANH, RNN_RELU, LSTM, GRU; got '", std::string(mode),
                     "'.");
-  q.params.mode = row->mode, q.gates = row->gates, q.reserved = row->reserved;
+  q.params.mode = row->mode, q.gates = row->gates;
 }
 
 // The sizes that the weights of all directions give.
@@ -80,6 +80,43 @@ RnnWeights take_weights(Problem& q, at::TensorList w, const Tensor& first, const
   return found;
 }
 
+// Where the gates are normalised: norm_ih, norm_hh[, norm_c_weight, norm_c_bias] of each direction.
+void take_norms(Problem& q, const OptionalTensorList& norms, const Tensor& input) {
+  if (!norms || norms->empty()) return;
+  RnnParams& p = q.params;
+  const bool lstm = p.mode == RnnMode::Lstm;
+  const size_t each = lstm ? 4 : 2;
+  TORCH_CHECK(!q.step && norms->size() == each * p.directions, "fastnn.rnn: norms must be norm_ih, norm_hh",
+              lstm ? ", norm_c_weight, norm_c_bias" : "", " for each direction of a sequence; got ", norms->size(),
+              " tensors.");
+  for (int d = 0; d < p.directions; ++d) {
+    const auto take = [&](const char* name, int i, int64_t size) {
+      const Tensor& t = (*norms)[d * each + i];
+      check_shape(name, t, {size}, input);
+      return q.hold(t);
+    };
+    RnnWeights& w = p.weights[d];
+    w.norm_ih = take("norm_ih", 0, q.gates * p.hidden_size), w.norm_hh = take("norm_hh", 1, q.gates * p.hidden_size);
+    if (lstm)
+      w.norm_c_weight = take("norm_c_weight", 2, p.hidden_size), w.norm_c_bias = take("norm_c_bias", 3, p.hidden_size);
+  }
+}
+
+void take_zoneout(Problem& q, const OptionalTensor& mask, double zoneout) {
+  RnnParams& p = q.params;
+  TORCH_CHECK_VALUE(zoneout >= 0 && zoneout < 1, "fastnn.rnn: zoneout must be a number in [0, 1); got ", zoneout, ".");
+  const bool masked = mask && mask->defined();
+  TORCH_CHECK(!q.step || (!masked && zoneout == 0), "fastnn.rnn: zoneout must be 0 for one step of a cell.");
+  p.zoneout = masked ? 0 : zoneout;
+  if (!masked) return;
+  TORCH_CHECK(mask->scalar_type() == at::kBool && mask->is_cpu() &&
+                  mask->sizes() == at::IntArrayRef({p.directions, p.rows, p.state_size}),
+              "fastnn.rnn: zoneout_mask must be a bool tensor [directions, rows, state_size] = [", p.directions, ", ",
+              p.rows, ", ", p.state_size, "] on the CPU; got ", mask->scalar_type(), " ", mask->sizes(), " on ",
+              mask->device(), ".");
+  p.zoneout_mask = static_cast<const uint8_t*>(q.hold(*mask));
+}
+
 RnnPack pack_params(const Problem& q) {
   const RnnParams& p = q.params;
   return {p.dtype, p.mode, q.projected, p.input_size, p.hidden_size, p.state_size};
@@ -104,7 +141,8 @@ void take_packed(Problem& q, const OptionalTensorList& packed) {
 }
 
 Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx,
-              at::TensorList weights, Mode mode) {
+              at::TensorList weights, Mode mode, const OptionalTensorList& norms, const OptionalTensor& zoneout_mask,
+              double zoneout) {
   Problem q;
   RnnParams& p = q.params;
   read_mode(q, mode);
@@ -157,6 +195,8 @@ Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tens
     p.cx = q.hold(*cx);
   }
   for (int64_t d = 0; d < D; ++d) p.weights[d] = take_weights(q, weights.slice(d * q.each, q.each), input, "input");
+  take_norms(q, norms, input);
+  take_zoneout(q, zoneout_mask, zoneout);
   q.held.push_back(input.stride(-1) == 1 || I == 1 ? input : input.contiguous());
   const Tensor& x = q.held.back();
   p.input = x.const_data_ptr();
@@ -172,8 +212,9 @@ Tensor compute_empty(at::IntArrayRef shape, DType dtype, const Tensor& like) {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx,
                                            const OptionalTensor& cx, at::TensorList weights, Mode mode,
-                                           const OptionalTensorList& packed, Tensor* reserve) {
-  Problem q = check(input, batch_sizes, hx, cx, weights, mode);
+                                           const OptionalTensorList& packed, const OptionalTensorList& norms,
+                                           const OptionalTensor& zoneout_mask, double zoneout, Tensor* reserve) {
+  Problem q = check(input, batch_sizes, hx, cx, weights, mode, norms, zoneout_mask, zoneout);
   take_packed(q, packed);
   RnnParams& p = q.params;
   Tensor output = at::empty(q.output_shape, input.options());
@@ -183,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   p.h_n = q.step ? nullptr : h_n.mutable_data_ptr();
   p.c_n = p.cx ? c_n.mutable_data_ptr() : nullptr;
   if (reserve) {
-    *reserve = compute_empty({p.directions, p.rows, q.reserved * p.hidden_size}, p.dtype, input);
+    *reserve = compute_empty({p.directions, p.rows, rnn_reserved(p)}, p.dtype, input);
     p.reserve = reserve->mutable_data_ptr();
   }
   if (p.batch > 0) cpu::rnn_forward(p);
@@ -192,23 +233,27 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
 
 std::tuple<Tensor, Tensor, Tensor> rnn_cpu(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx,
                                            const OptionalTensor& cx, at::TensorList weights, Mode mode,
-                                           OptionalTensorList packed) {
-  return forward(input, batch_sizes, hx, cx, weights, mode, packed, nullptr);
+                                           OptionalTensorList packed, OptionalTensorList norms,
+                                           const OptionalTensor& zoneout_mask, double zoneout) {
+  return forward(input, batch_sizes, hx, cx, weights, mode, packed, norms, zoneout_mask, zoneout, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_train_cpu(const Tensor& input, const OptionalTensor& batch_sizes,
                                                          const Tensor& hx, const OptionalTensor& cx,
-                                                         at::TensorList weights, Mode mode) {
+                                                         at::TensorList weights, Mode mode, OptionalTensorList norms,
+                                                         const OptionalTensor& zoneout_mask, double zoneout) {
   Tensor reserve;
-  auto [output, h_n, c_n] = forward(input, batch_sizes, hx, cx, weights, mode, std::nullopt, &reserve);
+  auto [output, h_n, c_n] =
+      forward(input, batch_sizes, hx, cx, weights, mode, std::nullopt, norms, zoneout_mask, zoneout, &reserve);
   return {std::move(output), std::move(h_n), std::move(c_n), std::move(reserve)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> rnn_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rnn_backward_cpu(
     const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
     const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx,
-    at::TensorList weights, const Tensor& output, const Tensor& reserve, Mode mode, std::array<bool, 4> output_mask) {
-  Problem q = check(input, batch_sizes, hx, cx, weights, mode);
+    at::TensorList weights, const Tensor& output, const Tensor& reserve, Mode mode, OptionalTensorList norms,
+    const OptionalTensor& zoneout_mask, double zoneout, std::array<bool, 4> output_mask) {
+  Problem q = check(input, batch_sizes, hx, cx, weights, mode, norms, zoneout_mask, zoneout);
   RnnBackwardParams b{q.params};
   const RnnParams& p = b.forward;
   const auto gradient = [&](const char* name, const OptionalTensor& t, at::IntArrayRef shape) -> const void* {
@@ -220,17 +265,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rnn_backward_cpu(
   if (!q.step) b.grad_h_n = gradient("grad_h_n", grad_h_n, hx.sizes());
   if (p.cx) b.grad_c_n = gradient("grad_c_n", grad_c_n, cx->sizes());
   check_shape("output", output, q.output_shape, input);
-  TORCH_CHECK(reserve.numel() == p.directions * p.rows * q.reserved * p.hidden_size,
+  TORCH_CHECK(reserve.numel() == p.directions * p.rows * rnn_reserved(p),
               "fastnn.rnn: reserve must be what rnn_train returned; got ", reserve.sizes(), ".");
   b.forward.output = const_cast<void*>(q.hold(output));
   b.forward.reserve = const_cast<void*>(q.hold(reserve));
   Tensor grad_input, grad_hx, grad_cx;
-  Tensors grad_weights;
+  Tensors grad_weights, grad_norms;
   if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
   if (output_mask[1]) grad_hx = at::empty(hx.sizes(), hx.options());
   if (output_mask[2] && p.cx) grad_cx = at::empty(cx->sizes(), cx->options());
   if (output_mask[3])
     for (const Tensor& w : weights) grad_weights.push_back(at::empty(w.sizes(), w.options()));
+  if (output_mask[3] && norms)
+    for (const Tensor& w : *norms) grad_norms.push_back(at::empty(w.sizes(), w.options()));
   b.grad_input = output_mask[0] ? grad_input.mutable_data_ptr() : nullptr;
   b.grad_hx = output_mask[1] ? grad_hx.mutable_data_ptr() : nullptr;
   b.grad_cx = grad_cx.defined() ? grad_cx.mutable_data_ptr() : nullptr;
@@ -240,9 +287,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> rnn_backward_cpu(
     g.weight_ih = at(0), g.weight_hh = at(1);
     if (q.biased) g.bias_ih = at(2), g.bias_hh = at(3);
     if (q.projected) g.weight_hr = at(q.each - 1);
+    if (!p.normed()) continue;
+    const size_t each = grad_norms.size() / p.directions;
+    const auto norm = [&](size_t i) { return i < each ? grad_norms[d * each + i].mutable_data_ptr() : nullptr; };
+    g.norm_ih = norm(0), g.norm_hh = norm(1), g.norm_c_weight = norm(2), g.norm_c_bias = norm(3);
   }
   cpu::rnn_backward(b);
-  return {std::move(grad_input), std::move(grad_hx), std::move(grad_cx), std::move(grad_weights)};
+  return {std::move(grad_input), std::move(grad_hx), std::move(grad_cx), std::move(grad_weights),
+          std::move(grad_norms)};
 }
 
 Tensor rnn_pack_cpu(at::TensorList weights, Mode mode) {

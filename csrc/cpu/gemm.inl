@@ -75,6 +75,15 @@ FASTNN_INLINE void pack_transposed(const T* src, int64_t row_stride, int64_t row
   for (int i = 0; i < L; ++i) store(dst + i * width, r[i]);
 }
 
+// dst[k * WIDTH + row] = src[row + k * k_stride] for ROWS rows, then zeros: a few moves of fixed size for each k.
+template <int WIDTH, int ROWS, class C>
+void pack_runs(const C* src, int64_t k_stride, int64_t depth, C* dst) {
+  for (int64_t k = 0; k < depth; ++k, src += k_stride, dst += WIDTH) {
+    std::memcpy(dst, src, ROWS * sizeof(C));
+    for (int i = ROWS; i < WIDTH; ++i) dst[i] = C(0);
+  }
+}
+
 // Packs `rows` (<= WIDTH) rows of a strided matrix, X[row, k] = src[row * row_stride + k * k_stride], into
 // dst[k * WIDTH + row]; missing rows become zero. Either stride may be anything; unit strides are fast.
 template <int WIDTH, class C, class T>
@@ -84,6 +93,14 @@ inline void pack_panel(const T* src, int64_t row_stride, int64_t k_stride, int64
     for (int64_t k = 0; k < depth; ++k)
       for (int i = 0; i < WIDTH; i += L) store(dst + k * WIDTH + i, load(src + k * k_stride + i));
     return;
+  }
+  if constexpr (std::is_same_v<C, T> && WIDTH % L != 0) {
+    if (row_stride == 1) {
+      [&]<int... I>(std::integer_sequence<int, I...>) {
+        ((rows == I + 1 ? pack_runs<WIDTH, I + 1>(src, k_stride, depth, dst) : void()), ...);
+      }(std::make_integer_sequence<int, WIDTH>{});
+      return;
+    }
   }
   if (row_stride == 1) {
     for (int64_t k = 0; k < depth; ++k) {

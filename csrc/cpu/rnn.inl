@@ -7,6 +7,9 @@
 // Frozen weights come packed.
 // z of a row: [panel][slots][lanes], slots: RNN two vectors of units; LSTM i f g o; GRU r z n and apart W_hn h + b_hn.
 //
+// With layer norm (rnn_norm.inl) z is x W_ihᵀ alone until its step comes, and h W_hhᵀ goes to memory of its own first, the
+// same tiles adding to zeros. Zoneout mixes the new h with the last before it is written.
+//
 // Threads: a thread keeps to its rows or its units for the whole sequence, from x to h; where units are split, h is
 // exchanged with one barrier a step. State is kept in compute type; two buffers, read one and write the other.
 //
@@ -16,6 +19,7 @@
 #include "cpu/activation.inl"
 #include "cpu/barrier.h"
 #include "cpu/rnn_kernels.h"
+#include "cpu/rnn_norm.inl"
 #include "cpu/rnn_pack.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
@@ -37,11 +41,16 @@ struct RnnForward {
   const Panels layout{I, H, P, packs && !passing, project};
   const int64_t panels = layout.panels, ppanels = layout.ppanels;
   const int64_t Hs = panels * UNITS, Ps = project ? ppanels * PUNITS : Hs;  // padded row of c, m and of h
+  const bool normed = p.normed(), zoned = p.zoned();
+  const RnnNorm<C, G> norm{H};
+  const int64_t kept = rnn_kept(p), reserved = rnn_reserved(p);
   const RnnRows at{p};
 
   struct Direction {
     C* memory;                           // to be packed into, null where the weights came packed
     const C *w_ih, *w_hh, *w_hr, *bias;  // panels
+    C* norms;                            // with layer norm, as RnnNorm lays them out
+    const C* start;                      // what z begins with: bias, or with layer norm zeros
     C *h[2], *c, *m;                     // [B][Ps], [B][Hs], [B][Hs]: σ(o) tanh(c) before the projection
     Barrier barrier;
   };
@@ -52,7 +61,8 @@ struct RnnForward {
 
   void run() {
     const int64_t weights = given ? 0 : Panels::line(layout.size);
-    const int64_t each = weights + Panels::line(B * (2 * Ps + Hs * (G == 4) + Hs * project));
+    const int64_t norms = normed ? norm.size() : 0;
+    const int64_t each = weights + norms + Panels::line(B * (2 * Ps + Hs * (G == 4) + Hs * project));
     Scratch<C> memory(each * p.directions);
     for (int d = 0; d < p.directions; ++d) {
       Direction& s = sides[d];
@@ -61,6 +71,8 @@ struct RnnForward {
       s.memory = given ? nullptr : take(weights);
       s.w_ih = given ? static_cast<const C*>(p.weights[d].packed) : s.memory;
       s.w_hh = s.w_ih + layout.w_hh, s.w_hr = s.w_ih + layout.w_hr, s.bias = s.w_ih + layout.bias;
+      s.norms = take(norms);
+      s.start = normed ? s.norms + norm.zeros() : s.bias;
       s.h[0] = take(B * Ps), s.h[1] = take(B * Ps);
       s.c = take(G == 4 ? B * Hs : 0);
       s.m = take(project ? B * Hs : 0);
@@ -82,6 +94,7 @@ struct RnnForward {
   void prepare(int d, int rank, int ranks) {
     Direction& s = sides[d];
     if (s.memory) layout.pack(p.dtype, p.weights[d], s.memory, rank, ranks);
+    if (normed && rank == 0) norm.lay_out(p.dtype, p.weights[d], s.norms);
     const Range b = share(B, 1, rank, ranks);
     for (int64_t i = b.begin; i < b.end; ++i) {
       for (C* h : s.h) rnn_widen(p.dtype, of(p.hx, (d * B + i) * P), P, h + i * Ps);
@@ -110,16 +123,34 @@ struct RnnForward {
         constexpr RnnSum sum = STEP ? RnnSum::Add : RnnSum::Bias;
         const auto run =
             STEP || p.steps == 1 ? rnn_product<C, NV, last, true, sum> : rnn_product<C, NV, last, false, sum>;
-        run(rows, depth, a, panel, z, z_stride, s.bias + n * SLOTS * L);
+        run(rows, depth, a, panel, z, z_stride, s.start + n * SLOTS * L);
         continue;
       }
       const void* w = STEP ? p.weights[d].weight_hh : p.weights[d].weight_ih;
       if (!STEP)
-        for (int64_t i = 0; i < rows; ++i) std::memcpy(z + i * z_stride, s.bias + n * SLOTS * L, SLOTS * L * sizeof(C));
+        for (int64_t i = 0; i < rows; ++i)
+          std::memcpy(z + i * z_stride, s.start + n * SLOTS * L, SLOTS * L * sizeof(C));
       for (int v = 0; v < NV && unit(n, v) < H; ++v)
         rnn_dots<C>(p.dtype, of(w, (gate(v) * H + unit(n, v)) * depth), depth, std::min<int64_t>(H - unit(n, v), L),
                     depth, rows, a, z + (STEP && G == 3 && v == 2 ? 3 : v) * L, z_stride, true);
     }
+  }
+
+  // With layer norm: z of `count` rows of step t from x W_ihᵀ, which is in it, and h W_hhᵀ, for which zh holds zeros.
+  void normed_step(const Direction& s, int d, int64_t t, int64_t row, int64_t count, const C* const* a, C* zh, C* z,
+                   int64_t z_stride, C* passing_panel) const {
+    product<true>(s, d, count, a, 0, panels, zh, z_stride, passing_panel);
+    for (int64_t i = 0; i < count; ++i, z += z_stride, zh += z_stride) {
+      C* const hats = kept_of(d, t, row + i, kept);
+      C* const inverses = kept_of(d, t, row + i, kept + 2 * G * H);
+      norm.input(z, s.norms, s.bias, hats, inverses);
+      norm.state(zh, s.norms + norm.hh(), z, hats ? hats + G * H : nullptr, inverses ? inverses + 1 : nullptr);
+    }
+  }
+
+  // Of what training keeps of batch entry i at step t, the numbers from `from` on; null: inference.
+  C* kept_of(int d, int64_t t, int64_t i, int64_t from) const {
+    return p.reserve ? static_cast<C*>(p.reserve) + (d * p.rows + at.first(t) + i) * reserved + from : nullptr;
   }
 
   void sequence(int d, const RnnShare& mine) {
@@ -131,10 +162,11 @@ struct RnnForward {
     const int64_t row_bytes = (z_stride + I) * sizeof(C);
     const int64_t block = std::min(std::max<int64_t>({196608 / row_bytes, 48, most}), p.steps * most);
     const bool convert = rnn_bytes(p.dtype) != sizeof(C);
-    Scratch<C> z(block * z_stride), x(convert ? block * I : 0);
+    Scratch<C> z(block * z_stride), x(convert ? block * I : 0), zh(normed ? most * z_stride : 0);
+    if (normed) std::memset(zh, 0, most * z_stride * sizeof(C));
     Scratch<const C*> a(std::max(block, B));
     Scratch<C> panel(passing ? NV * L * std::max(I, P) : 0);
-    const int64_t chunk = std::max<int64_t>(8192 / (most * SLOTS * L * sizeof(C)), 1);
+    const int64_t chunk = normed ? width : std::max<int64_t>(8192 / (most * SLOTS * L * sizeof(C)), 1);
     int now = 0;  // the buffer of h that holds the state
 
     for (int64_t begin = 0, end; begin < p.steps; begin = end) {
@@ -162,8 +194,14 @@ struct RnnForward {
         for (int64_t n = own.begin; n < own.end; n += chunk) {
           const int64_t to = std::min(n + chunk, own.end);
           C* zc = zs + (n - own.begin) * SLOTS * L;
-          if (count > 0) product<true>(s, d, count, a, n, to, zc, z_stride, panel);
-          pointwise(d, t, mine.row_begin, mine.row_begin + count, n, to, zc, z_stride, s.h[1 - now]);
+          if (count > 0 && normed) normed_step(s, d, t, mine.row_begin, count, a, zh, zc, z_stride, panel);
+          if (count > 0 && !normed) product<true>(s, d, count, a, n, to, zc, z_stride, panel);
+          if (G == 4 && normed)
+            normed_cells(s, d, t, mine.row_begin, count, zc, z_stride, s.h[1 - now]);
+          else
+            pointwise(d, t, mine.row_begin, mine.row_begin + count, n, to, zc, z_stride, s.h[1 - now]);
+          if (!project && zoned)
+            zone(d, t, mine.row_begin, count, n * UNITS, std::min(to * UNITS, H), s.h[now], s.h[1 - now]);
           if (!project) emit(d, t, mine.row_begin, count, leave, n * UNITS, std::min(to * UNITS, H), s.h[1 - now]);
           for (int64_t i = std::max(leave, mine.row_begin); G == 4 && i < mine.row_begin + count; ++i)
             rnn_narrow(p.dtype, s.c + i * Hs + n * UNITS, std::min(to * UNITS, H) - n * UNITS,
@@ -185,10 +223,8 @@ struct RnnForward {
                                            const C* z, int64_t z_stride, C* h_next) {
     Direction& s = sides[d];
     const bool relu = p.mode == RnnMode::Relu;
-    constexpr int kept = G == 4 ? 5 : G == 3 ? 4 : 0;
-    const int64_t first = at.first(t);
     for (; row < row_end; ++row, z += z_stride) {
-      C* reserve = p.reserve && kept ? static_cast<C*>(p.reserve) + (d * p.rows + first + row) * kept * H : nullptr;
+      C* reserve = G > 1 ? kept_of(d, t, row, 0) : nullptr;
       C *h = (project ? s.m : h_next) + row * (project ? Hs : Ps), *c = s.c + row * Hs;
       const C *h_last = (h_next == s.h[0] ? s.h[1] : s.h[0]) + row * Ps, *g = z;
       for (int64_t n = begin; n < end; ++n, g += SLOTS * L) {
@@ -215,6 +251,29 @@ struct RnnForward {
           }
           store(h + u, y);
         }
+      }
+    }
+  }
+
+  // The same for LSTM with layer norm, whole rows.
+  void normed_cells(const Direction& s, int d, int64_t t, int64_t row, int64_t count, C* z, int64_t z_stride,
+                    C* h_next) const {
+    if constexpr (G == 4)
+      for (int64_t i = row; i < row + count; ++i, z += z_stride)
+        norm.cell(z, s.norms + norm.c(), s.c + i * Hs, project ? s.m + i * Hs : h_next + i * Ps, kept_of(d, t, i, 0),
+                  kept_of(d, t, i, kept + 2 * G * H + 2));
+  }
+
+  // Zoneout of units [begin, end): h = k h_last + (1 - k) h̃, h̃ being in h. RNN keeps h̃, from which its gradient comes.
+  void zone(int d, int64_t t, int64_t row, int64_t count, int64_t begin, int64_t end, const C* h_last, C* h) const {
+    const Vec<C> k = splat<C>(static_cast<C>(p.zoneout));
+    for (int64_t i = row; i < row + count; ++i) {
+      const uint8_t* mask = p.zoneout_mask ? p.zoneout_mask + (d * p.rows + at.first(t) + i) * P : nullptr;
+      C* reserve = G == 1 ? kept_of(d, t, i, 0) : nullptr;
+      for (int64_t u = begin; u < end; u += L) {
+        const Vec<C> fresh = load(h + i * Ps + u), last = load(h_last + i * Ps + u);
+        if (reserve) store_first(reserve + u, fresh, end - u);
+        store(h + i * Ps + u, mask ? select(rnn_mask<C>(mask + u, end - u), last, fresh) : fma(k, last - fresh, fresh));
       }
     }
   }
@@ -248,7 +307,9 @@ struct RnnForward {
                       h + v * L, Ps, false);
       }
     }
-    emit(d, t, row, count, leave, own.begin * PUNITS, std::min(own.end * PUNITS, P), h_next);
+    const int64_t begin = own.begin * PUNITS, end = std::min(own.end * PUNITS, P);
+    if (zoned) zone(d, t, row, count, begin, end, h_next == s.h[0] ? s.h[1] : s.h[0], h_next);
+    emit(d, t, row, count, leave, begin, end, h_next);
   }
 };
 

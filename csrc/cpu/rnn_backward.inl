@@ -5,6 +5,10 @@
 // as W_hh sees it, then as W_ih does), so that after the loop the weights' gradients and the input's are one matrix
 // product each, over all rows, with a fixed order of summation.
 //
+// With layer norm (rnn_norm.inl) z sums normalised products. The gradient of h W_hhᵀ itself, [R][G·H], follows at each
+// step, since the step before needs it; that of x W_ihᵀ takes the place of z's after the loop. With zoneout a part of dh
+// goes straight to the step before, and only the rest meets the formulas.
+//
 // Few rows in all (a cell's step): the products of thin.inl, with nothing packed.
 //
 // Threads as in rnn.inl: rows or units apart, one barrier a step where units are. With a projection (proj_size) the
@@ -83,7 +87,7 @@ struct RnnStore {
 
 template <class C, int G>
 struct RnnBackward {
-  static constexpr int L = kLanes<C>, UNITS = 2 * L, KEPT = G == 4 ? 5 : G == 3 ? 4 : 0;
+  static constexpr int L = kLanes<C>, UNITS = 2 * L;
 
   const RnnBackwardParams& b;
   const RnnParams& p = b.forward;
@@ -95,16 +99,22 @@ struct RnnBackward {
   const bool thin = R <= kThinRows;
   // The steps' products too: a thread's columns are whole panels, the last of them a vector or more.
   const bool thin_steps = thin && !project && !convert && P >= L && (P % UNITS == 0 || P % UNITS >= L);
+  const bool normed = p.normed(), zoned = p.zoned();
+  const RnnNorm<C, G> norm{H};
+  const int64_t kept = rnn_kept(p), reserved = rnn_reserved(p);
   const RnnRows at{p};
   // A half dtype is widened once: what is read row by row, and what the last products read and write.
   Scratch<C> wide_grad{convert && b.grad_output ? R * ld : 0}, wide_output{convert ? R * ld : 0},
-      wide_hx{convert ? D * B * P : 0}, wide_cx{convert && p.cx ? D * B * H : 0};
+      wide_hx{convert ? D * B * P : 0}, wide_cx{convert && p.cx ? D * B * H : 0},
+      wide_norms{convert && normed ? D * (2 * G + 2) * H : 0};
   const C *grad_output = nullptr, *output = nullptr, *hx = nullptr, *cx = nullptr;
 
   struct Direction {
-    C *w_hh, *w_hr;    // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
-    C *dh, *dm, *dc;   // [B][Ps], [B][Hs], [B][Hs]
-    C *dz, *dhp, *m;   // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
+    C *w_hh, *w_hr;   // packed: [ppanels][G·H][UNITS], [panels][P][UNITS]
+    C *dh, *dm, *dc;  // [B][Ps], [B][Hs], [B][Hs]
+    C *dz, *dhp, *m;  // [R][W], [R][P], [R][H]: gradients of z, of h before W_hr, and σ(o) tanh(c)
+    C *dzh, *du;      // with layer norm: [R][G·H], [R][H]: gradients of h W_hhᵀ and of LSTM's normalised cell
+    const C *norm_ih, *norm_hh, *norm_c, *norm_c_bias;
     const C** h_last;  // [R] rows of the state before
     Barrier barrier;
   };
@@ -129,11 +139,13 @@ struct RnnBackward {
     const int64_t sizes[] = {thin_steps ? 0 : ppanels * UNITS * G * H,
                              project ? panels * UNITS * P : 0,
                              B * Ps,
-                             project ? B * Hs : 0,
+                             project || zoned ? B * Hs : 0,
                              G == 4 ? B * Hs : 0,
                              R * W,
                              project ? R * P : 0,
-                             project ? R * H : 0};
+                             project ? R * H : 0,
+                             normed ? R * G * H : 0,
+                             normed && G == 4 ? R * H : 0};
     int64_t each = 0;
     for (int64_t size : sizes) each += (size + 15) / 16 * 16;
     Scratch<C> memory(each * p.directions);
@@ -141,9 +153,14 @@ struct RnnBackward {
     for (int d = 0; d < p.directions; ++d) {
       Direction& s = sides[d];
       C* next = memory + d * each;
-      C** const slots[] = {&s.w_hh, &s.w_hr, &s.dh, &s.dm, &s.dc, &s.dz, &s.dhp, &s.m};
-      for (int i = 0; i < 8; ++i) *slots[i] = next, next += (sizes[i] + 15) / 16 * 16;
+      C** const slots[] = {&s.w_hh, &s.w_hr, &s.dh, &s.dm, &s.dc, &s.dz, &s.dhp, &s.m, &s.dzh, &s.du};
+      for (int i = 0; i < 10; ++i) *slots[i] = next, next += (sizes[i] + 15) / 16 * 16;
       s.h_last = tables + d * R;
+      const RnnWeights& w = p.weights[d];
+      C* const memory_of_norms = wide_norms + d * (2 * G + 2) * H;
+      s.norm_ih = wide(w.norm_ih, G * H, memory_of_norms), s.norm_hh = wide(w.norm_hh, G * H, memory_of_norms + G * H);
+      s.norm_c = wide(w.norm_c_weight, H, memory_of_norms + 2 * G * H);
+      s.norm_c_bias = wide(w.norm_c_bias, H, memory_of_norms + (2 * G + 1) * H);
     }
     const double flops = 2.0 * p.directions * R * H * (G * P + (project ? P : 0));
     const auto share_of = [&](int rank, int ranks) { return rnn_share(p, G, kRnnRows<2>, ppanels, rank, ranks); };
@@ -192,20 +209,26 @@ struct RnnBackward {
   void recur(const Direction& s, int d, int64_t t, const RnnShare& mine, Range own, const C** a) const {
     const int64_t count = std::min(at.count(t), mine.row_end) - mine.row_begin;
     if (count <= 0) return;
+    for (int64_t i = 0; i < count; ++i) a[i] = dzh_of(s, at.first(t) + mine.row_begin + i);
+    const bool add = G == 3 || zoned;
     if (thin_steps) {
       if (own.begin < own.end)
         with_thin_rows(count, [&](auto rows) {
-          thin_grad_input<decltype(rows)::value>(
-              G * H, own.begin * UNITS, std::min(own.end * UNITS, P), s.dz + (at.first(t) + mine.row_begin) * W, W,
-              static_cast<const C*>(p.weights[d].weight_hh), P, s.dh + mine.row_begin * Ps, Ps, G == 3);
+          thin_grad_input<decltype(rows)::value>(G * H, own.begin * UNITS, std::min(own.end * UNITS, P), a[0],
+                                                 normed ? G * H : W, static_cast<const C*>(p.weights[d].weight_hh), P,
+                                                 s.dh + mine.row_begin * Ps, Ps, add);
         });
       return;
     }
-    for (int64_t i = 0; i < count; ++i) a[i] = s.dz + (at.first(t) + mine.row_begin + i) * W;
+    const auto run = add ? rnn_product<C, 2, 1, true, RnnSum::Add> : rnn_product<C, 2, 1, true, RnnSum::Set>;
     for (int64_t n = own.begin; n < own.end; ++n)
-      rnn_product<C, 2, 1, true, G == 3 ? RnnSum::Add : RnnSum::Set>(
-          count, G * H, a, s.w_hh + n * UNITS * G * H, s.dh + mine.row_begin * Ps + n * UNITS, Ps, nullptr);
+      run(count, G * H, a, s.w_hh + n * UNITS * G * H, s.dh + mine.row_begin * Ps + n * UNITS, Ps, nullptr);
   }
+
+  // Gradient of a row of h W_hhᵀ.
+  const C* dzh_of(const Direction& s, int64_t row) const { return normed ? s.dzh + row * G * H : s.dz + row * W; }
+  // What training kept of a row.
+  const C* kept_of(int64_t d, int64_t row) const { return static_cast<const C*>(p.reserve) + (d * R + row) * reserved; }
 
   void sequence(int d, const RnnShare& mine) {
     Direction& s = sides[d];
@@ -215,21 +238,30 @@ struct RnnBackward {
       const int64_t t = d ? S - 1 - step : step;
       if (step < S - 1) recur(s, d, d ? t - 1 : t + 1, mine, pown, a);
       const int64_t begin = mine.row_begin, count = std::min(at.count(t), mine.row_end) - begin;
-      if (project) {
-        const int64_t from = pown.begin * UNITS, to = std::min(pown.end * UNITS, P);
+      if (project || zoned) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = at.first(t) + begin + i;
-          const C* grad = grad_output ? grad_output + row * ld + d * P : nullptr;
-          for (int64_t u = from; u < to; ++u) s.dhp[row * P + u] = s.dh[(begin + i) * Ps + u] + (grad ? grad[u] : C(0));
-          a[i] = s.dhp + row * P;
+          C* const to = project ? s.dhp + row * P : s.dm + (begin + i) * Hs;
+          arrive(s, d, row, begin + i, pown.begin * UNITS, std::min(pown.end * UNITS, P), to);
+          a[i] = to;
         }
+      }
+      if (project) {
         if (mine.parts > 1) s.barrier.wait(mine.parts);
         for (int64_t n = own.begin; count > 0 && n < own.end; ++n)
           rnn_product<C, 2, 1, true, RnnSum::Set>(count, P, a, s.w_hr + n * UNITS * P, s.dm + begin * Hs + n * UNITS,
                                                   Hs, nullptr);
       }
-      for (int64_t i = begin; i < begin + count; ++i)
-        pointwise(s, d, t, i, own.begin * UNITS, std::min(own.end * UNITS, H));
+      for (int64_t i = begin; i < begin + count; ++i) {
+        if (!normed) {
+          pointwise<false>(s, d, t, i, own.begin * UNITS, std::min(own.end * UNITS, H));
+          continue;
+        }
+        pointwise<G == 4>(s, d, t, i, 0, H);
+        const int64_t row = at.first(t) + i;
+        const C* hats = kept_of(d, row) + kept;
+        norm.gates_backward(s.dz + row * W, hats + G * H, s.norm_hh, hats[2 * G * H + 1], G - 1, s.dzh + row * G * H);
+      }
       if (mine.parts > 1) s.barrier.wait(mine.parts);
     }
     if (b.grad_hx) recur(s, d, d ? S - 1 : 0, mine, pown, a);
@@ -243,16 +275,42 @@ struct RnnBackward {
     }
   }
 
-  // Gradients of z for batch entry i at step t, units [begin, end).
+  // Gradient of h̃ at units [begin, end) of a row, batch entry i: dh and what came to the output, and with zoneout of that
+  // what does not stay in dh for the step before.
+  __attribute__((noinline)) void arrive(Direction& s, int d, int64_t row, int64_t i, int64_t begin, int64_t end,
+                                        C* to) const {
+    const C* grad = grad_output ? grad_output + row * ld + d * P : nullptr;
+    const uint8_t* mask = p.zoneout_mask ? p.zoneout_mask + (d * R + row) * P : nullptr;
+    C* const dh = s.dh + i * Ps;
+    for (int64_t u = begin; u < end; ++u) to[u] = dh[u] + (grad ? grad[u] : C(0));
+    if (!zoned) return;
+    const C part = static_cast<C>(p.zoneout);
+    for (int64_t u = begin; u < end; ++u) {
+      const C k = mask ? C(mask[u] != 0) : part;
+      dh[u] = k * to[u];
+      to[u] = mask && mask[u] ? C(0) : to[u] - dh[u];
+    }
+  }
+
+  // Gradients of z for batch entry i at step t, units [begin, end). NORMED: of LSTM with layer norm, where
+  // end is H.
+  template <bool NORMED>
   __attribute__((noinline)) void pointwise(Direction& s, int d, int64_t t, int64_t i, int64_t begin, int64_t end) {
     const bool relu = p.mode == RnnMode::Relu;
     const int64_t row = at.first(t) + i, before = row_before(d, t, i);
-    const C* grad = grad_output && !project ? grad_output + row * ld + d * P : nullptr;
-    const C* y_row = output + row * ld + d * P;
-    const C* reserve = static_cast<const C*>(p.reserve) + (d * R + row) * KEPT * H;
-    const C* c_last = before < 0 ? nullptr : static_cast<const C*>(p.reserve) + (d * R + before) * KEPT * H + 4 * H;
+    const bool apart = project || zoned;
+    const C* grad = grad_output && !apart ? grad_output + row * ld + d * P : nullptr;
+    const C* reserve = kept_of(d, row);
+    const C* y_row = zoned ? reserve : output + row * ld + d * P;
+    const C* c_last = before < 0 ? nullptr : kept_of(d, before) + 4 * H;
     const C* c_first = cx + (d * B + i) * H;
-    C *dz = s.dz + row * W, *dh = project ? s.dm + i * Hs : s.dh + i * Ps;
+    C *dz = s.dz + row * W, *dh = apart ? s.dm + i * Hs : s.dh + i * Ps, *carried = s.dh + i * Ps;
+    if constexpr (NORMED) {
+      if (grad)
+        for (int64_t u = 0; u < H; ++u) dh[u] += grad[u];
+      norm.cell_backward(reserve, reserve + kept + 2 * G * H + 2, s.norm_c, s.norm_c_bias, dh, s.dc + i * Hs,
+                         dz + 3 * H, s.du + row * H, project ? s.m + row * H : nullptr);
+    }
     for (int64_t u = begin; u < end; u += L) {
       const int64_t n = end - u;
       Vec<C> g = load(dh + u);
@@ -269,17 +327,21 @@ struct RnnBackward {
         store_first(dz + H + u, g * (load_first(s.h_last[row] + u, n) - fresh) * update * (C(1) - update), n);
         store_first(dz + 2 * H + u, da * r, n);
         store_first(dz + 3 * H + u, da, n);
-        store(dh + u, g * update);
+        store(carried + u, zoned ? fma(g, update, load(carried + u)) : g * update);
       } else {
-        const Vec<C> in = saved(0), f = saved(1), fresh = saved(2), o = saved(3), th = vtanh(saved(4));
+        const Vec<C> in = saved(0), f = saved(1), fresh = saved(2);
         const Vec<C> last = c_last ? load_first(c_last + u, n) : load_first(c_first + u, n);
-        const Vec<C> dc = fma(g * o, C(1) - th * th, load(s.dc + i * Hs + u));
+        Vec<C> dc = load(s.dc + i * Hs + u);
+        if constexpr (!NORMED) {
+          const Vec<C> o = saved(3), th = vtanh(saved(4));
+          dc = fma(g * o, C(1) - th * th, dc);
+          store_first(dz + 3 * H + u, g * th * o * (C(1) - o), n);
+          if (project) store_first(s.m + row * H + u, o * th, n);
+        }
         store_first(dz + u, dc * fresh * in * (C(1) - in), n);
         store_first(dz + H + u, dc * last * f * (C(1) - f), n);
         store_first(dz + 2 * H + u, dc * in * (C(1) - fresh * fresh), n);
-        store_first(dz + 3 * H + u, g * th * o * (C(1) - o), n);
         store(s.dc + i * Hs + u, dc * f);
-        if (project) store_first(s.m + row * H + u, o * th, n);
       }
     }
   }
@@ -323,14 +385,15 @@ struct RnnBackward {
       const Direction& s = sides[d];
       const auto& grads = b.grad_weights[d];
       const int64_t shared = G == 3 ? 2 * H : G * H;  // gates whose dz is the same for W_ih and W_hh
+      if (grads.bias_ih || grads.bias_hh || normed) over_rows(d);
       result(grads.weight_ih, G * H * I, [&](C* out) {
         weight(out, shared, I, s.dz, W, x_rows);
         if (G == 3) weight(out + shared * I, H, I, s.dz + 3 * H, W, x_rows);
       });
-      result(grads.weight_hh, G * H * P, [&](C* out) { weight(out, G * H, P, s.dz, W, s.h_last); });
+      result(grads.weight_hh, G * H * P,
+             [&](C* out) { weight(out, G * H, P, dzh_of(s, 0), normed ? G * H : W, s.h_last); });
       for (int64_t row = 0; project && row < R; ++row) m_rows[row] = s.m + row * H;
       result(grads.weight_hr, P * H, [&](C* out) { weight(out, P, H, s.dhp, P, m_rows); });
-      if (grads.bias_ih || grads.bias_hh) biases(s, grads.bias_ih, grads.bias_hh);
     }
     const int64_t K = G * H;
     Scratch<C> wide_weight(convert && b.grad_input ? D * K * I : 0);
@@ -364,27 +427,62 @@ struct RnnBackward {
     });
   }
 
-  // Column sums of dz, rows in blocks of 64 so that rounding errors do not pile up.
-  void biases(const Direction& s, void* ih, void* hh) {
-    parallel(worth_threads(p.threads, 1.0 * R * W, 4.0 * R * W), [&](int thread, int threads) {
-      const Range r = share(W, 64, thread, threads);
-      for (int64_t j = r.begin; j < r.end; j += L) {
-        const int64_t n = std::min<int64_t>(L, r.end - j);
-        Vec<C> total = zero<C>();
-        for (int64_t row = 0; row < R; row += 64) {
-          Vec<C> sum = zero<C>();
-          for (int64_t k = row; k < std::min(row + 64, R); ++k) sum += load_first(s.dz + k * W + j, n);
-          total += sum;
-        }
-        for (int64_t lane = 0; lane < n; ++lane) {
-          const int64_t column = j + lane;
-          const C value = total[lane];
-          if (ih && (G != 3 || column < 2 * H || column >= 3 * H))
-            rnn_narrow(p.dtype, &value, 1, of(ih, G == 3 && column >= 3 * H ? column - H : column));
-          if (hh && column < G * H) rnn_narrow(p.dtype, &value, 1, of(hh, column));
+  // One pass over the rows of dz: its sums, which are the gradients of biases, and with layer norm those of γ and β; then
+  // the row becomes the gradient of x W_ihᵀ. Rows in blocks of 64, whose sums are added up in order: rounding errors do
+  // not pile up, and it makes no difference which thread has which block.
+  void over_rows(int d) const {
+    const Direction& s = sides[d];
+    const int64_t K = normed ? G * H : 0, cells = normed && G == 4 ? H : 0, columns = W + 2 * K + 2 * cells;
+    const int64_t blocks = (R + 63) / 64;
+    Scratch<C> memory(blocks * columns);
+    parallel(worth_threads(p.threads, 1.0 * R * columns, 4.0 * R * columns), [&](int thread, int threads) {
+      const Range r = share(blocks, 1, thread, threads);
+      for (int64_t block = r.begin; block < r.end; ++block) {
+        C* const sum = memory + block * columns;
+        std::fill(sum, sum + columns, C(0));
+        for (int64_t row = block * 64; row < std::min(block * 64 + 64, R); ++row) {
+          add(W, s.dz + row * W, sum);
+          if (normed) through_norms(s, row, kept_of(d, row), sum + W);
         }
       }
     });
+    C* const total = memory;
+    for (int64_t block = 1; block < blocks; ++block) add(columns, memory + block * columns, total);
+    const auto put = [&](void* out, int64_t at, int64_t count, const C* from) {
+      if (out) rnn_narrow(p.dtype, from, count, of(out, at));
+    };
+    const auto& grads = b.grad_weights[d];
+    put(grads.bias_ih, 0, G == 3 ? 2 * H : G * H, total);
+    if (G == 3) put(grads.bias_ih, 2 * H, H, total + 3 * H);
+    put(grads.bias_hh, 0, G * H, total);
+    put(grads.norm_ih, 0, K, total + W);
+    put(grads.norm_hh, 0, K, total + W + K);
+    put(grads.norm_c_weight, 0, cells, total + W + 2 * K);
+    put(grads.norm_c_bias, 0, cells, total + W + 2 * K + cells);
+  }
+
+  // Adds a row's part to the gradients of γ_ih, γ_hh, γ_c, β_c, which follow one another in `sum`.
+  __attribute__((noinline)) void through_norms(const Direction& s, int64_t row, const C* of_row, C* sum) const {
+    constexpr int last = G == 3 ? 3 : G - 1;  // where dz has the last gate as W_ih sees it
+    const C* const hats = of_row + kept;
+    C* const dz = s.dz + row * W;
+    add_products((G - 1) * H, dz, hats, sum);
+    add_products(H, dz + last * H, hats + (G - 1) * H, sum + (G - 1) * H);
+    add_products(G * H, dz, hats + G * H, sum + G * H);
+    if (G == 4) {
+      const C *cells = of_row + 4 * H, *statistics = hats + 2 * G * H + 2, *du = s.du + row * H;
+      C* const to = sum + 2 * G * H;
+      for (int64_t u = 0; u < H; ++u) to[u] += du[u] * ((cells[u] - statistics[0]) * statistics[1]);
+      add(H, du, to + H);
+    }
+    norm.gates_backward(dz, hats, s.norm_ih, hats[2 * G * H], last, dz);
+  }
+
+  static void add(int64_t count, const C* __restrict from, C* __restrict to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+  static void add_products(int64_t count, const C* __restrict a, const C* __restrict b, C* __restrict to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += a[i] * b[i];
   }
 };
 

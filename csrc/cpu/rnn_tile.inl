@@ -295,6 +295,19 @@ __attribute__((noinline)) void rnn_dots(DType dtype, const void* w, int64_t ld, 
   });
 }
 
+// All bits of lane i set where mask[i] is not zero, i < count; nothing is read beyond.
+template <class C>
+FASTNN_INLINE Vec<Bits<C>> rnn_mask(const uint8_t* mask, int64_t count) {
+  alignas(64) Bits<C> lanes[kLanes<C>] = {};
+  if (count >= kLanes<C>)
+    for (int i = 0; i < kLanes<C>; ++i) lanes[i] = -Bits<C>(mask[i] != 0);
+  else
+    for (int64_t i = 0; i < count; ++i) lanes[i] = -Bits<C>(mask[i] != 0);
+  Vec<Bits<C>> wide;
+  __builtin_memcpy(&wide, lanes, sizeof wide);
+  return wide;
+}
+
 // The rows of a sequence: how many at a step, and where they begin.
 class RnnRows {
  public:
@@ -326,13 +339,13 @@ inline RnnShare rnn_share(const RnnParams& p, int64_t gates, int tile_rows, int6
   const RnnShare whole = {0, p.batch, 0, 1, rank > 0};
   if (ranks == 1) return whole;
   const int64_t blocks = (p.batch + tile_rows - 1) / tile_rows;
+  const Range r = share(p.batch, tile_rows, rank, ranks);
+  const RnnShare rows = {r.begin, r.end, 0, 1, r.begin >= r.end};
+  if (p.normed()) return blocks > 1 ? rows : whole;  // a row is normalised over all of its units
   const double step = double(p.batch) * gates * p.hidden_size * p.state_size;
   const bool even = blocks >= 8 * ranks || blocks % ranks == 0;
   const bool light = gates * p.hidden_size * p.state_size <= 65536;
-  if (blocks >= ranks && ((even && light && !p.batch_sizes) || step < 5e4)) {
-    const Range r = share(p.batch, tile_rows, rank, ranks);
-    return {r.begin, r.end, 0, 1, r.begin >= r.end};
-  }
+  if (blocks >= ranks && ((even && light && !p.batch_sizes) || step < 5e4)) return rows;
   if (step < 5e4) return whole;
   const int parts = static_cast<int>(std::min<int64_t>(ranks, panels));
   return {0, p.batch, rank, parts, rank >= parts};

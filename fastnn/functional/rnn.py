@@ -10,19 +10,19 @@ from torch import _VF, Tensor
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
+from fastnn.functional import _rnn  # noqa: F401
 
-_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
-_RESERVED = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 5, "GRU": 4}
 _STACKS = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm, "GRU": _VF.gru}
 
 
-def _layer(input, batch_sizes, hx, cx, weights, mode, packed):
+def _layer(input, batch_sizes, hx, cx, weights, mode, packed, norms=None, zoneout_mask=None, zoneout=0.0):
     """The op on one layer, or None where no kernel takes these tensors."""
+    options = (packed, norms, zoneout_mask, zoneout)
     if torch.compiler.is_compiling():
-        if _fallback.why_not(input, hx, cx, *weights) is not None:
+        if _fallback.why_not(input, hx, cx, *weights, *(norms or ())) is not None:
             return None
-        return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode, packed)
-    return _C.rnn(input, batch_sizes, hx, cx, weights, mode, packed)
+        return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
+    return _C.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
 
 
 def rnn(
@@ -40,10 +40,25 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     packed: Sequence[Tensor] | None = None,
+    norms: Sequence[Tensor] | None = None,
+    zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Run a stack of recurrent layers over a sequence; each layer is one kernel call.
 
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh, \mathrm{relu}; \text{ LSTM and GRU as in torch}
+
+    With layer norm
+
+    .. math:: \gamma_{ih} \odot \mathrm{LN}(W_{ih} x_t) + b_{ih}, \quad \gamma_{hh} \odot \mathrm{LN}(W_{hh} h_{t-1}) + b_{hh}
+
+    stand for :math:`W_{ih} x_t + b_{ih}` and :math:`W_{hh} h_{t-1} + b_{hh}`, LN over all gates together with eps 1e-5;
+    LSTM's output is :math:`\sigma(o) \odot \tanh(\gamma_c \odot \mathrm{LN}(c_t) + \beta_c)`. With zoneout
+
+    .. math::
+        h_t = m_t \odot h_{t-1} + (1 - m_t) \odot \tilde h_t, \quad m_t \sim \mathrm{Bernoulli}(p) \text{ in training, }
+        m_t = p \text{ else}
+
+    with :math:`\tilde h_t` what the layer makes of :math:`x_t` and :math:`h_{t-1}`. The cell of LSTM has no zoneout.
 
     Args:
         input: ``[steps, batch, input_size]``, ``[batch, steps, input_size]`` with ``batch_first``, or with
@@ -56,6 +71,9 @@ def rnn(
         has_biases, num_layers, dropout, train, bidirectional, batch_first: as in ``torch.lstm``.
         packed: for inference with frozen weights, what ``torch.ops.fastnn.rnn_pack(weights, mode)`` made of the weights
             of each layer and direction.
+        norms: flat, for each layer and direction ``norm_ih, norm_hh``, both ``[gates * hidden_size]``, and for LSTM
+            ``norm_c_weight, norm_c_bias``, ``[hidden_size]``; None or empty: no layer norm.
+        zoneout: p. Masks are drawn from torch's default generator.
 
     Returns:
         output, h_n, and c_n for LSTM (else None), shaped as torch's. States are kept in float32 between steps
@@ -63,20 +81,28 @@ def rnn(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together, or an empty sequence.
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or zoneout outside [0, 1).
 
-    Source: ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``; kernels in ``csrc/cpu/rnn.inl``.
+    Source: ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``; Ba, Kiros and Hinton, arXiv 1607.06450; Krueger et al., arXiv
+    1606.01305; GRU and LSTM with both as in lmnt-com/haste. Kernels in ``csrc/cpu/rnn.inl``.
     """
     directions = 2 if bidirectional else 1
-    each = len(weights) // num_layers
+    each, norms_each = (len(part) // num_layers for part in (weights, norms or ()))
     x = input.transpose(0, 1) if batch_first and batch_sizes is None else input
     h_n, c_n = [], []
     for layer in range(num_layers):
         span = slice(layer * directions, (layer + 1) * directions)
         h, c = (hx, cx) if num_layers == 1 else (hx[span], None if cx is None else cx[span])
         own = list(weights[layer * each : (layer + 1) * each])
-        y = _layer(x, batch_sizes, h, c, own, mode, None if packed is None else packed[span])
-        if y is None:
+        scales = list(norms[layer * norms_each : (layer + 1) * norms_each]) if norms else None
+        mask = None
+        if zoneout > 0 and train:
+            rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
+            mask = torch.rand(directions, rows, h.shape[-1], device=x.device) < zoneout
+        y = _layer(x, batch_sizes, h, c, own, mode, None if packed is None else packed[span], scales, mask, zoneout)
+        if y is None and (norms or zoneout > 0):
+            y = _regularized(x, batch_sizes, h, c, own, mode, scales, zoneout if mask is None else mask)
+        elif y is None:
             rest = (has_biases, num_layers, dropout, train, bidirectional)
             return _stack(input, batch_sizes, hx, cx, weights, mode, rest, batch_first)
         x = y[0]
@@ -101,6 +127,20 @@ def _stack(input, batch_sizes, hx, cx, weights, mode, rest, batch_first):
 
     y = _fallback.fallback("rnn", (input, hx, cx, *weights), call)
     return (*y, None) if cx is None else y
+
+
+def _regularized(input, batch_sizes, hx, cx, weights, mode, norms, zoneout):
+    """The formula in torch's operators for a layer with layer norm or zoneout: torch has no operator for the whole of it."""
+    tensors = (input, hx, cx, *weights, *(norms or ()))
+    wide = torch.promote_types(input.dtype, torch.float32)  # states are not rounded between steps
+
+    def call():
+        x, h, c, *flat = (None if t is None else t.to(wide) for t in tensors)
+        m = zoneout.to(wide) if isinstance(zoneout, Tensor) else zoneout
+        y = reference.rnn(x, batch_sizes, h, c, flat[: len(weights)], mode, m, flat[len(weights) :] or None)
+        return tuple(t.to(input.dtype) for t in y)
+
+    return _fallback.fallback("rnn", tensors, call)
 
 
 def _cell(input, hx, cx, w_ih, w_hh, b_ih, b_hh, mode, stock, packed):
@@ -215,85 +255,3 @@ def lstm_cell(
     Source: ``torch.lstm_cell``.
     """
     return _cell(input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh, "LSTM", _VF.lstm_cell, packed)
-
-
-# ---- fakes and second derivatives ------------------------------------------------------------------------------------
-
-
-def _check(input, batch_sizes, hx, cx, weights, mode):
-    """Whether it is one step, and the directions; the rules are those of ``check`` in csrc/bindings/rnn.cpp."""
-    step = input.dim() == 2 and batch_sizes is None
-    size = weights[0].shape[1]
-    torch._check(
-        input.shape[-1] == size,
-        lambda: (
-            f"fastnn.rnn: input must have input_size = {size} (weight_ih is {list(weights[0].shape)}) as its last "
-            f"dimension; got {list(input.shape)}."
-        ),
-    )
-    for name, tensor in (("hx", hx), ("cx", cx), *(("weights", w) for w in weights)):
-        torch._check(
-            tensor is None or tensor.dtype == input.dtype,
-            lambda: f"fastnn.rnn: {name} must have the dtype of input ({input.dtype}); got {tensor.dtype}.",
-        )
-    return step, 1 if step else hx.shape[0]
-
-
-@torch.library.register_fake("fastnn::rnn")
-def _rnn_fake(input, batch_sizes, hx, cx, weights, mode, packed=None):
-    step, directions = _check(input, batch_sizes, hx, cx, weights, mode)
-    output = input.new_empty([*input.shape[:-1], directions * hx.shape[-1]])
-    h_n = input.new_empty(0) if step else input.new_empty(hx.shape)
-    return output, h_n, input.new_empty(0 if cx is None else cx.shape)
-
-
-@torch.library.register_fake("fastnn::rnn_train")
-def _(input, batch_sizes, hx, cx, weights, mode):
-    directions = _check(input, batch_sizes, hx, cx, weights, mode)[1]
-    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
-    width = _RESERVED[mode] * (weights[0].shape[0] // _GATES[mode])
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return *_rnn_fake(input, batch_sizes, hx, cx, weights, mode), input.new_empty(
-        [directions, rows, width], dtype=dtype
-    )
-
-
-@torch.library.register_fake("fastnn::rnn_backward")
-def _(grad_output, grad_h_n, grad_c_n, input, batch_sizes, hx, cx, weights, output, reserve, mode, output_mask):
-    return (
-        input.new_empty(input.shape) if output_mask[0] else None,
-        hx.new_empty(hx.shape) if output_mask[1] else None,
-        cx.new_empty(cx.shape) if output_mask[2] and cx is not None else None,
-        [w.new_empty(w.shape) for w in weights] if output_mask[3] else [],
-    )
-
-
-@torch.library.register_fake("fastnn::rnn_pack")
-def _(weights, mode):
-    projected, double = len(weights) % 2 == 1, weights[0].dtype == torch.float64
-    hidden_size = weights[0].shape[0] // _GATES[mode]
-    state_size = weights[-1].shape[0] if projected else hidden_size
-    size = _C._rnn_packed_size(mode, weights[0].shape[1], hidden_size, state_size, projected, double)
-    return weights[0].new_empty([size], dtype=torch.float64 if double else torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
-    grads, (x, batch_sizes, hx, cx, weights), ctx.mode, ctx.mask = inputs[:3], inputs[3:8], inputs[10], inputs[11]
-    ctx.save_for_backward(*grads, x, batch_sizes, hx, cx, *weights)
-
-
-def _backward(ctx, grad_grad_input, grad_grad_hx, grad_grad_cx, grad_grad_weights):
-    *grads, input, batch_sizes, hx, cx = ctx.saved_tensors[:7]
-    weights = ctx.saved_tensors[7:]
-    arrived = grad_grad_weights if ctx.mask[3] else [None] * len(weights)
-    grad_grads, (g_input, g_hx, g_cx, *g_weights) = reference.vjp_of_vjp(
-        lambda input, hx, cx, *weights: reference.rnn(input, batch_sizes, hx, cx, weights, ctx.mode),
-        (input, hx, cx, *weights),
-        grads,
-        (*ctx.mask[:3], *[ctx.mask[3]] * len(weights)),
-        (grad_grad_input, grad_grad_hx, grad_grad_cx, *arrived),
-    )
-    return *grad_grads, g_input, None, g_hx, g_cx, g_weights, None, None, None, None
-
-
-torch.library.register_autograd("fastnn::rnn_backward", _backward, setup_context=_setup_context)

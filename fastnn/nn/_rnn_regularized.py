@@ -56,11 +56,6 @@ class Regularized(torch.nn.RNNBase):
         self._reset_norms()
 
     @property
-    def _step_by_step(self) -> bool:
-        """Whether it runs step by step, for want of a kernel."""
-        return self.layer_norm or self.zoneout > 0
-
-    @property
     def _drops(self) -> bool:
         """Whether recurrent weights are dropped: other tensors at each call."""
         return self.training and self.recurrent_dropout > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -11,7 +9,6 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn import functional
 from fastnn._library import _C
 from fastnn.functional.rnn import rnn
-from fastnn.functional.rnn_regularized import rnn_regularized
 from fastnn.nn._frozen import Frozen, parameters
 from fastnn.nn._rnn_regularized import Regularized
 
@@ -98,11 +95,7 @@ class _Recurrent(Frozen, Regularized):
         weights = self._weights()
         if self._drops:
             weights = self._dropped(weights)
-        if self._step_by_step:
-            run = functools.partial(rnn_regularized, norms=parameters(self, self._norm_names), zoneout=self.zoneout)
-        else:
-            run = functools.partial(rnn, packed=self._packs(weights) if self._frozen else None)
-        output, h_n, c_n = run(
+        output, h_n, c_n = rnn(
             input,
             batch_sizes,
             h,
@@ -115,6 +108,9 @@ class _Recurrent(Frozen, Regularized):
             train=self.training,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            packed=self._packs(weights) if self._frozen else None,
+            norms=parameters(self, self._norm_names),
+            zoneout=self.zoneout,
         )
         hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
         if packed:
@@ -138,8 +134,7 @@ class RNN(_Recurrent):
         zoneout: p. In training ``m ⊙ h_{t-1} + (1 - m) ⊙ h_t`` stands for the ``h_t`` above, each entry
             of m being 1 with probability p, else 0, at each step; in evaluation its mean, ``p h_{t-1} + (1 - p) h_t``.
 
-    There is no kernel for ``layer_norm`` and ``zoneout`` yet: with either the layer runs step by step in Python, each step
-    a product and a few operators, and freezing it packs nothing. Masks are drawn from torch's default generator.
+    Masks are drawn from torch's default generator.
 
     Raises:
         TypeError: ``layer_norm`` that is no bool.
