@@ -1,8 +1,9 @@
 // Every activation and its derivative, one value at a time.
 //
 // The elementary functions are those of CUDA's own library in full precision (no fast-math): expf, expm1f, tanhf, erff and
-// log1pf are within 2 ulp, their double versions within 2 ulp too, as the CUDA programming guide tables them. The
-// formulas are those of csrc/cpu/activation.inl. NaN goes in and comes out of every activation; relu(NaN) is NaN.
+// log1pf are within 2 ulp, their double versions within 2 ulp too, as the CUDA programming guide tables them; so is the
+// float division. The formulas are those of csrc/cpu/activation.inl. NaN goes in and comes out of every activation;
+// relu(NaN) is NaN.
 #pragma once
 
 #include <cmath>
@@ -26,14 +27,14 @@ FASTNN_DEVICE double log1p_of(double x) { return ::log1p(x); }
 template <class C>
 FASTNN_DEVICE C sigmoid_of(C x) {
   const C e = exp_of(x < C(0) ? x : -x);
-  return (x < C(0) ? e : C(1)) / (C(1) + e);
+  return ptx::divide(x < C(0) ? e : C(1), C(1) + e);
 }
 
 // tanh(softplus(x)) without a logarithm: with e = exp(x), (e² + 2e) / (e² + 2e + 2).
 template <class C>
 FASTNN_DEVICE C tanh_softplus(C x) {
   const C e = exp_of(x > C(20) ? C(20) : x), q = e * (e + C(2));
-  return q / (q + C(2));
+  return ptx::divide(q, q + C(2));
 }
 
 // y = f(z).
@@ -47,7 +48,7 @@ FASTNN_DEVICE C activate(Activation activation, C z) {
       return z * C(0.5) * (tanh_of((z + z * z * z * C(0.044715)) * C(0.79788456080286535588)) + C(1));
     case Activation::Silu: {
       const C e = exp_of(z < C(0) ? z : -z);
-      return (z < C(0) ? z * e : z) / (C(1) + e);
+      return ptx::divide(z < C(0) ? z * e : z, C(1) + e);
     }
     case Activation::Sigmoid: return sigmoid_of(z);
     case Activation::Tanh: return tanh_of(z);

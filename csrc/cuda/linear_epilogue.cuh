@@ -22,13 +22,11 @@ struct LinearEpilogue {
 // Rows whose `count` elements may be stored as one vector where `vector` says so.
 template <class T, int W>
 FASTNN_DEVICE void store_row(T* to, const Vector<T, W>& values, int count, bool vector) {
-  if (vector && count == W) {
-    *reinterpret_cast<Vector<T, W>*>(to) = values;
-  } else {
+  if constexpr (sizeof(values) == 16)
+    if (vector && count == W) return ptx::global_store_16(to, values);
 #pragma unroll
-    for (int i = 0; i < W; ++i)
-      if (i < count) to[i] = values.data[i];
-  }
+  for (int i = 0; i < W; ++i)
+    if (i < count) to[i] = values.data[i];
 }
 
 // Elements (m, n) .. (m, n + count) of the output, count <= W; `values` are sums over all of K.

@@ -79,6 +79,22 @@ FASTNN_DEVICE uint32_t shared_address(const void* pointer) {
   return address;
 }
 
+// ---- global memory -------------------------------------------------------------------------------------------------
+
+// One store of 16 bytes, which the compiler would otherwise take apart where the vector was made element by element.
+template <class V>
+FASTNN_DEVICE void global_store_16(void* to, const V& value) {
+  static_assert(sizeof(V) == 16);
+#if defined(__CUDA_ARCH__)
+  const auto words = bitcast<Vector<uint32_t, 4>>(value);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.data[0]), "r"(words.data[1]),
+               "r"(words.data[2]), "r"(words.data[3])
+               : "memory");
+#else
+  *static_cast<V*>(to) = value;
+#endif
+}
+
 // ---- cp.async ------------------------------------------------------------------------------------------------------
 
 // Copies the first `bytes` (even) of SIZE = 4, 8 or 16 from global to shared memory and fills the rest with zeros. Both
@@ -191,6 +207,16 @@ FASTNN_DEVICE void mma_m8n8k4_f64(double (&c)[2], double a, double b) {
                    "+d"(c[1]) : "d"(a), "d"(b)),
                host::mma_m8n8k4_f64(c, a, b));
 }
+
+// ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+// a / b within 2 ulp, without the branch that IEEE division takes.
+FASTNN_DEVICE float divide(float a, float b) {
+  float quotient = 0;
+  FASTNN_PTX(asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b)), quotient = a / b);
+  return quotient;
+}
+FASTNN_DEVICE double divide(double a, double b) { return a / b; }
 
 // ---- conversions ---------------------------------------------------------------------------------------------------
 

@@ -38,34 +38,46 @@ FASTNN_DEVICE void copy_chunk(unsigned char* to, const uint16_t* from, const uin
   }
 }
 
+// Elements that lie on odd addresses: stored at once.
+FASTNN_DEVICE void copy_chunk_by_elements(unsigned char* to, const uint16_t* from, int count) {
+  Vector<uint32_t, 4> words;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t low = 2 * j < count ? from[2 * j] : 0, high = 2 * j + 1 < count ? from[2 * j + 1] : 0;
+    words.data[j] = low | high << 16;
+  }
+  ptx::shared_store(to, words);
+}
+
 // Rows row .. row + ROWS, columns col .. col + 8 CHUNKS; zeros outside of the matrix. By THREADS threads; the caller
-// commits, and waits, since only elements that lie on odd addresses are stored at once.
+// commits and waits.
 template <int ROWS, int CHUNKS, int THREADS>
 FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64_t row, int64_t col) {
   static_assert(ROWS * CHUNKS % THREADS == 0);
   const int rows_left = static_cast<int>(matrix.rows - row < ROWS ? matrix.rows - row : ROWS);
   const int cols_left = static_cast<int>(matrix.cols - col < 8 * CHUNKS ? matrix.cols - col : 8 * CHUNKS);
-#pragma unroll
-  for (int i = 0; i < ROWS * CHUNKS / THREADS; ++i) {
+  const auto each = [&](int i, const auto& copy) {
     const int index = static_cast<int>(threadIdx.x) + i * THREADS, r = index / CHUNKS, c = index % CHUNKS;
     const int left = cols_left - 8 * c, count = r >= rows_left || left < 0 ? 0 : left > 8 ? 8 : left;
     const uint16_t* const from = count ? matrix.data + (row + r) * matrix.ld + col + 8 * c : matrix.data;
-    unsigned char* const to = tile + 16 * swizzled<CHUNKS>(r, c);
-    if (matrix.width == 16) {
-      ptx::cp_async<16>(to, from, 2 * count);
-    } else if (matrix.width == 8) {
-      copy_chunk<8>(to, from, matrix.data, count);
-    } else if (matrix.width == 4) {
-      copy_chunk<4>(to, from, matrix.data, count);
-    } else {
-      Vector<uint32_t, 4> words;
+    copy(tile + 16 * swizzled<CHUNKS>(r, c), from, count);
+  };
+  constexpr int kEach = ROWS * CHUNKS / THREADS;
+  if (matrix.width == 16) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t low = 2 * j < count ? from[2 * j] : 0, high = 2 * j + 1 < count ? from[2 * j + 1] : 0;
-        words.data[j] = low | high << 16;
-      }
-      ptx::shared_store(to, words);
-    }
+    for (int i = 0; i < kEach; ++i)
+      each(i, [](unsigned char* to, const uint16_t* from, int count) { ptx::cp_async<16>(to, from, 2 * count); });
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kEach; ++i)
+      each(i, [&](unsigned char* to, const uint16_t* from, int count) {
+        if (matrix.width == 8)
+          copy_chunk<8>(to, from, matrix.data, count);
+        else if (matrix.width == 4)
+          copy_chunk<4>(to, from, matrix.data, count);
+        else
+          copy_chunk_by_elements(to, from, count);
+      });
   }
 }
 

@@ -291,5 +291,6 @@ int main(int argc, char** argv) {
     check_errors();
   });
   std::printf("linear: %d cases, %d failed\n", cases, failures);
+  std::fflush(stdout);
   return failures != 0;
 }

@@ -17,12 +17,9 @@
 
 #include "cuda_runtime.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FASTNN_WITH_ASAN)  // linked with it; this file itself is compiled without, to be quick
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define NOT_SANITIZED __attribute__((no_sanitize("address")))
-#else
-#define NOT_SANITIZED
 #endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -71,8 +68,8 @@ fastnn_switch_stack:
 #endif
 
 // Leaves `from`, goes on in `to`; returns when something switches back.
-NOT_SANITIZED void switch_to(Context& from, Context& to) {
-#if defined(__SANITIZE_ADDRESS__)
+void switch_to(Context& from, Context& to) {
+#if defined(FASTNN_WITH_ASAN)
   __sanitizer_start_switch_fiber(&from.shadow, to.stack, to.size);
 #endif
 #if defined(__x86_64__)
@@ -80,7 +77,7 @@ NOT_SANITIZED void switch_to(Context& from, Context& to) {
 #else
   swapcontext(&from.state, &to.state);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FASTNN_WITH_ASAN)
   __sanitizer_finish_switch_fiber(from.shadow, nullptr, nullptr);
 #endif
 }
@@ -136,7 +133,7 @@ std::map<const void*, int> allowed;
 }
 
 void run_fiber() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FASTNN_WITH_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.size);
 #endif
   for (;;) {
@@ -279,7 +276,7 @@ void check_write(const Thread& thread, const void* to, int bytes, bool coming) {
   }
 }
 
-NOT_SANITIZED void copy_bytes(void* to, const void* from, int bytes) {
+void copy_bytes(void* to, const void* from, int bytes) {
   for (int i = 0; i < bytes; i += 2) {
     *reinterpret_cast<volatile uint16_t*>(static_cast<char*>(to) + i) =
         *reinterpret_cast<const volatile uint16_t*>(static_cast<const char*>(from) + i);
@@ -317,7 +314,7 @@ cudaError_t execute(const void* kernel, const cudaLaunchConfig_t& config, const 
     t.number = i, t.lane = i % kLanes, t.warp = i / kLanes;
     t.index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
   }
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FASTNN_WITH_ASAN)
   __asan_poison_memory_region(shared, sizeof shared);
 #endif
   body = &thread;
@@ -369,7 +366,7 @@ void cp_async_wait(int pending) {
   for (int i = 0; i < landed; ++i)
     for (const Copy& copy : groups[i]) {
       unsigned char data[16] = {};
-      std::memcpy(data, copy.from, copy.bytes);  // AddressSanitizer watches the source
+      std::memcpy(data, copy.from, copy.bytes);  // a call, so AddressSanitizer watches the source
       const size_t cell = offset_of(copy.to, copy.size) / 2;
       for (int j = 0; j < copy.size / 2; ++j) cells[cell + j].coming = false;
       check_write(*current, copy.to, copy.size, false);
