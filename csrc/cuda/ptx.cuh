@@ -218,6 +218,13 @@ FASTNN_DEVICE float divide(float a, float b) {
 }
 FASTNN_DEVICE double divide(double a, double b) { return a / b; }
 
+// 2^x within 2 ulp; results below the smallest normal float are 0.
+FASTNN_DEVICE float exp2_approximate(float x) {
+  float power = 0;
+  FASTNN_PTX(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x)), power = host::exp2_approximate(x));
+  return power;
+}
+
 // ---- conversions ---------------------------------------------------------------------------------------------------
 
 FASTNN_DEVICE float half_to_float(uint16_t bits) {
@@ -240,6 +247,25 @@ FASTNN_DEVICE uint16_t float_to_bfloat(float value) {  // to nearest even
   if (value != value) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 #endif
+}
+// Two floats as one pair of 16-bit elements, `low` in the low half; for bfloat16 on sm_80.
+FASTNN_DEVICE uint32_t pack_pair(float low, float high, Float16) {
+  uint32_t pair = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  pair = float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+#endif
+  return pair;
+}
+FASTNN_DEVICE uint32_t pack_pair(float low, float high, BFloat16) {
+  uint32_t pair = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  pair = float_to_bfloat(low) | static_cast<uint32_t>(float_to_bfloat(high)) << 16;
+#endif
+  return pair;
 }
 
 }  // namespace ptx

@@ -490,6 +490,11 @@ int lane() { return current->lane; }
 
 // ---- conversions -----------------------------------------------------------------------------------------------------
 
+float exp2_approximate(float x) {
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float sign = bits & 0x8000 ? -1.0f : 1.0f;

@@ -1,0 +1,15 @@
+// attention with the plan given, as tests call it to force every kernel, tile and number of splits.
+#pragma once
+
+#include "cuda/attention_plan.h"
+#include "fastnn/attention.h"
+
+namespace fastnn::cuda {
+
+AttentionProblem attention_problem(const AttentionParams& p);
+// The plan of the current device.
+AttentionPlan attention_forward_plan(const AttentionParams& p);
+Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
+                                 Workspace workspace, Stream stream);
+
+}  // namespace fastnn::cuda

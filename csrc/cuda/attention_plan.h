@@ -1,0 +1,120 @@
+// Which kernel serves an attention, with which tile, in how many splits along the keys: arithmetic on the shape and on
+// the chip. Everything is constexpr; tests/cuda_host sweeps it.
+#pragma once
+
+#include <cstdint>
+
+#include "fastnn/attention.h"
+
+namespace fastnn::cuda {
+
+// Mma: tensor cores, 16-bit types. Simt: everything else.
+enum class AttentionKernel : int32_t { Mma, Simt };
+
+// `width`: of head_dim and of value_dim, padded with zeros. The four warps share the rows, or the keys of a step in four
+// parts where rows are few. `general`: knows masks, soft cap and dropout.
+struct AttentionTile {
+  int width, rows, keys, warps_of_keys;
+  bool general;
+};
+inline constexpr AttentionTile kAttentionTiles[] = {
+    {32, 128, 64, 1, false}, {64, 128, 64, 1, false},  {96, 128, 64, 1, false}, {128, 128, 64, 1, false},
+    {192, 64, 32, 1, false}, {256, 64, 32, 1, false},  {64, 128, 32, 1, true},  {128, 64, 64, 1, true},
+    {256, 64, 32, 1, true},  {64, 16, 64, 4, true},    {128, 16, 64, 4, true},  {256, 16, 64, 4, true},
+};
+inline constexpr int kAttentionTileCount = 12, kAttentionThreads = 128;
+
+// Rows of the two tiles without tensor cores, keys of a step.
+inline constexpr int kAttentionSimtRows[] = {64, 16}, kAttentionSimtKeys = 64, kAttentionSimtThreads = 256;
+
+// Tiles of keys and of values in the ring: as many as leave room for two blocks on a multiprocessor, and on sm_75, where
+// copies do not run ahead, as many as its 64 KiB hold.
+constexpr int attention_slots(const AttentionTile& t, int arch) {
+  if (t.width <= 64) return 4;
+  if (t.warps_of_keys > 1) return t.width > 128 ? 2 : arch >= 800 ? 4 : 3;
+  return t.rows * t.width + 3 * t.keys * t.width <= 32768 || arch >= 800 ? 3 : 2;
+}
+constexpr int attention_shared_bytes(const AttentionTile& t, int arch) {
+  const int ring = attention_slots(t, arch) * t.keys * t.width * 2;
+  const int merge = t.warps_of_keys > 1 ? 4 * t.rows * (t.width + 2) * 4 : 0;
+  return t.rows * t.width * 2 + (ring > merge ? ring : merge);
+}
+
+struct AttentionProblem {
+  DType dtype;
+  int64_t heads, group, query_length, head_dim, value_dim;
+  int64_t key_begin, key_end;  // keys that some query may see
+  bool general;
+};
+
+struct AttentionPlan {
+  AttentionKernel kernel;
+  int tile;   // index into kAttentionTiles or kAttentionSimtRows
+  int heads;  // of an item: the rows of so many heads that share key and value stand in one tile
+  int splits;
+  int64_t tiles_per_split, first_tile;  // tiles along the keys
+};
+
+constexpr int attention_rows(AttentionKernel kernel, int tile) {
+  return kernel == AttentionKernel::Mma ? kAttentionTiles[tile].rows : kAttentionSimtRows[tile];
+}
+constexpr int attention_keys(AttentionKernel kernel, int tile) {
+  return kernel == AttentionKernel::Mma ? kAttentionTiles[tile].keys : kAttentionSimtKeys;
+}
+// Blocks before the keys are split. Without tensor cores a block has 128 columns of value (64 in double).
+constexpr int64_t attention_blocks(const AttentionProblem& p, const AttentionPlan& plan) {
+  const int64_t rows = attention_rows(plan.kernel, plan.tile), columns = p.dtype == DType::Float64 ? 64 : 128;
+  const int64_t chunks = plan.kernel == AttentionKernel::Mma || p.value_dim <= columns ? 1 : (p.value_dim + columns - 1) / columns;
+  return p.heads / plan.heads * ((plan.heads * p.query_length + rows - 1) / rows) * chunks;
+}
+
+// Splits of equal size, none of them empty: `wanted` or a few less.
+constexpr AttentionPlan attention_split(AttentionPlan plan, const AttentionProblem& p, int64_t wanted) {
+  const int64_t keys = attention_keys(plan.kernel, plan.tile);
+  plan.first_tile = p.key_begin / keys;
+  const int64_t tiles = p.key_end > p.key_begin ? (p.key_end + keys - 1) / keys - plan.first_tile : 0;
+  plan.tiles_per_split = tiles < 1 ? 1 : (tiles + wanted - 1) / wanted;
+  plan.splits = tiles < 1 ? 1 : static_cast<int>((tiles + plan.tiles_per_split - 1) / plan.tiles_per_split);
+  return plan;
+}
+
+// Sums, largest scores and weighted values of every split, in the type that sums are kept in.
+constexpr int64_t attention_partial_bytes(const AttentionProblem& p, int splits) {
+  return splits > 1 ? splits * p.heads * p.query_length * (p.value_dim + 2) * (p.dtype == DType::Float64 ? 8 : 4) : 0;
+}
+
+// Whether the tile serves the problem at all.
+constexpr bool attention_fits(const AttentionProblem& p, const AttentionTile& t, int capability, int shared_bytes) {
+  const bool half = p.dtype == DType::Float16 || p.dtype == DType::BFloat16;
+  return half && (capability >= 80 || p.dtype == DType::Float16) && p.head_dim <= t.width && p.value_dim <= t.width &&
+         (t.general || !p.general) && attention_shared_bytes(t, 10 * capability) <= shared_bytes;
+}
+
+inline constexpr int kFewRows = 16;
+inline constexpr int64_t kMostAttentionPartialBytes = int64_t{64} << 20;
+
+constexpr AttentionPlan attention_plan(const AttentionProblem& p, int capability, int multiprocessors,
+                                       int shared_bytes) {
+  // The heads of a group share tiles where each has a few queries: key and value are read once for all.
+  const int64_t group = p.group < 1 ? 1 : p.group;
+  const bool packed = p.query_length <= 8 && group * p.query_length <= 1024;
+  AttentionPlan plan = {AttentionKernel::Simt, 0, packed ? static_cast<int>(group) : 1, 1, 1, 0};
+  const bool few = plan.heads * p.query_length <= kFewRows;
+  for (const bool want_few : {true, false}) {
+    if (want_few && !few) continue;
+    for (int i = 0; i < kAttentionTileCount && plan.kernel == AttentionKernel::Simt; ++i)
+      if ((kAttentionTiles[i].warps_of_keys > 1) == want_few &&
+          attention_fits(p, kAttentionTiles[i], capability, shared_bytes))
+        plan.kernel = AttentionKernel::Mma, plan.tile = i;
+  }
+  if (plan.kernel == AttentionKernel::Simt) plan.tile = few ? 1 : 0;
+  // Two blocks to a multiprocessor keep enough loads in flight; a split has at least 256 keys (4 steps or more).
+  const int64_t blocks = attention_blocks(p, plan), keys = p.key_end - p.key_begin;
+  int64_t wanted = blocks > 0 && blocks < multiprocessors ? 2 * multiprocessors / blocks : 1;
+  if (wanted > keys / 256) wanted = keys / 256;
+  if (wanted > 128) wanted = 128;
+  while (wanted > 1 && attention_partial_bytes(p, static_cast<int>(wanted)) > kMostAttentionPartialBytes) wanted /= 2;
+  return attention_split(plan, p, wanted < 1 ? 1 : wanted);
+}
+
+}  // namespace fastnn::cuda

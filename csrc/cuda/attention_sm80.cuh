@@ -1,0 +1,462 @@
+// output = softmax(cap(scale · Q Kᵀ) + mask) V in float16 and bfloat16 on mma.sync; the score matrix never exists.
+//
+// A block has 128 (or 64) queries of one head and walks along the keys, 64 (or 32) a step. A warp has 32 (16) of the
+// queries: its scores, their running maximum and sum, and its rows of the output stay in registers; what the first
+// product leaves as accumulators is, rounded, the left operand of the second. Tiles of keys and values come by cp.async
+// through one ring, K₀ V₀ K₁ V₁ …, two or three tiles ahead, swizzled (tile.cuh), to be read by ldmatrix (values
+// transposed). Keys that no query of the block may see are not loaded, a warp skips steps where its queries see none, and
+// limits are looked at on the edge of what is seen alone.
+//
+// Few rows (decode): the queries of all heads that share key and value are the 16 rows of one tile, and the four warps
+// take a quarter of each step's keys; their results are merged in their order at the end. With splits, blockIdx.y takes
+// its share of the keys and leaves its results for attention_merge_kernel.
+//
+// Two kinds: one for scores that need a factor alone, one that knows masks, the soft cap and dropout: a thread has the
+// keys s, s + 8, s + 16 and s + 24 of a row, whose words are one Philox.
+// Bound by the tensor cores and, at head_dim 64, by exp2; decode by memory. No figure: not yet measured on a GPU.
+// Source: Dao, "FlashAttention-2", arXiv 2307.08691; flash-decoding's split of the keys.
+#pragma once
+
+#include "cuda/attention_plan.h"
+#include "cuda/attention_scores.cuh"
+#include "cuda/tile.cuh"
+
+namespace fastnn::cuda {
+
+// tanh(x) within 2^-22: enough beside scores whose operands have 11 bits.
+FASTNN_DEVICE float tanh_approximate(float x) {
+  return 1.0f - ptx::divide(2.0f, 1.0f + ptx::exp2_approximate(x * (2 * kLog2E<float>)));
+}
+
+template <class T, int TILE>
+struct AttentionMmaKernel {
+  static constexpr AttentionTile tile = kAttentionTiles[TILE];
+  static constexpr int kThreads = kAttentionThreads, kWarpsK = tile.warps_of_keys, kWarpsM = 4 / kWarpsK;
+  static constexpr int kWarpRows = tile.rows / kWarpsM, kWarpKeys = tile.keys / kWarpsK;
+  static constexpr int kFragmentsM = kWarpRows / 16, kFragmentsS = kWarpKeys / 8, kFragmentsO = tile.width / 8;
+  static constexpr int kChunks = tile.width / 8, kSlots = attention_slots(tile, kArch);
+  static constexpr int kQueryBytes = tile.rows * tile.width * 2, kSlotBytes = tile.keys * tile.width * 2;
+  static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0);
+
+  struct State {
+    float out[kFragmentsM][kFragmentsO][4] = {};
+    float top[kFragmentsM][2], sum[kFragmentsM][2] = {};  // of rows g and g + 8; sums of this thread's columns
+  };
+
+  // ---- to shared memory ----------------------------------------------------------------------------------------------
+
+  // 16 bytes of a row that lies in any way, or zeros.
+  static FASTNN_DEVICE void copy_gathered(unsigned char* to, const uint16_t* from, int64_t stride, int count) {
+    Vector<uint32_t, 4> words;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = 2 * j < count ? from[2 * j * stride] : 0;
+      const uint32_t high = 2 * j + 1 < count ? from[(2 * j + 1) * stride] : 0;
+      words.data[j] = low | high << 16;
+    }
+    ptx::shared_store(to, words);
+  }
+
+  static FASTNN_DEVICE void copy_queries(unsigned char* to, const AttentionForward& p, uint32_t item, int r0) {
+    const uint16_t* const data = static_cast<const uint16_t*>(p.query.data);
+    if (p.heads_of_item == 1 && p.query.col_stride == 1) {
+      const RowMatrix matrix = {data + p.query.heads(item), p.query.row_stride, p.rows, p.head_dim, p.query.width};
+      return copy_tile<tile.rows, kChunks, kThreads>(to, matrix, r0, 0);
+    }
+#pragma unroll 1
+    for (int index = static_cast<int>(threadIdx.x); index < tile.rows * kChunks; index += kThreads) {
+      const int r = index / kChunks, c = index % kChunks;
+      const int count = r0 + r < p.rows ? cut(p.head_dim - 8 * c, 0, 8) : 0;
+      const AttentionRow row = attention_row(p, item, r0 + r);
+      const uint16_t* const from = data + p.query.heads(row.head) + row.query * p.query.row_stride;
+      copy_gathered(to + 16 * swizzled<kChunks>(r, c), from + 8 * c * p.query.col_stride, p.query.col_stride, count);
+    }
+  }
+
+  // Positions first .. first + keys of key or value.
+  static FASTNN_DEVICE void copy_positions(unsigned char* to, const RowMatrix& matrix, int64_t col_stride, int first) {
+    if (col_stride == 1) return copy_tile<tile.keys, kChunks, kThreads>(to, matrix, first, 0);
+#pragma unroll 1
+    for (int index = static_cast<int>(threadIdx.x); index < tile.keys * kChunks; index += kThreads) {
+      const int r = index / kChunks, c = index % kChunks;
+      const int count = first + r < matrix.rows ? cut(static_cast<int>(matrix.cols) - 8 * c, 0, 8) : 0;
+      copy_gathered(to + 16 * swizzled<kChunks>(r, c), matrix.data + (first + r) * matrix.ld + 8 * c * col_stride,
+                    col_stride, count);
+    }
+  }
+
+  // ---- products ------------------------------------------------------------------------------------------------------
+
+  static FASTNN_DEVICE void multiply_keys(float (&s)[kFragmentsM][kFragmentsS][4], const unsigned char* query,
+                                          const unsigned char* keys, int lane) {
+#pragma unroll
+    for (int d = 0; d < kChunks; d += 2) {
+      uint32_t a[kFragmentsM][4];
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+        ptx::ldmatrix_x4(a[i], query + 16 * swizzled<kChunks>(16 * i + lane % 16, d + lane / 16));
+#pragma unroll
+      for (int j = 0; j < kFragmentsS; j += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, keys + 16 * swizzled<kChunks>(8 * j + lane / 16 * 8 + lane % 8, d + lane / 8 % 2));
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+          ptx::mma_m16n8k16(s[i][j], a[i], {b[0], b[1]}, T{});
+          ptx::mma_m16n8k16(s[i][j + 1], a[i], {b[2], b[3]}, T{});
+        }
+      }
+    }
+  }
+
+  static FASTNN_DEVICE void multiply_values(State& state, const float (&s)[kFragmentsM][kFragmentsS][4],
+                                            const unsigned char* values, int lane) {
+#pragma unroll
+    for (int k = 0; k < kFragmentsS; k += 2) {
+      uint32_t a[kFragmentsM][4];
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          a[i][j] = ptx::pack_pair(s[i][k + j / 2][j % 2 * 2], s[i][k + j / 2][j % 2 * 2 + 1], T{});
+#pragma unroll
+      for (int n = 0; n < kFragmentsO; n += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, values + 16 * swizzled<kChunks>(8 * k + lane % 16, n + lane / 16));
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+          ptx::mma_m16n8k16(state.out[i][n], a[i], {b[0], b[1]}, T{});
+          ptx::mma_m16n8k16(state.out[i][n + 1], a[i], {b[2], b[3]}, T{});
+        }
+      }
+    }
+  }
+
+  // ---- scores --------------------------------------------------------------------------------------------------------
+
+  // Adds the mask of one row to its pairs of scores with the keys key, key + 1, key + 8 …; none at `limit` or behind.
+  template <class M>
+  static FASTNN_DEVICE void add_mask(const AttentionForward& p, const unsigned char* mask, int key, int limit,
+                                     float (&s)[kFragmentsS][4], int half) {
+#pragma unroll
+    for (int j = 0; j < kFragmentsS; ++j, key += 8) {
+      float &low = s[j][2 * half], &high = s[j][2 * half + 1];
+      if (p.mask.width > 1 && key + 1 < limit) {
+        const auto pair = *reinterpret_cast<const Vector<M, 2>*>(mask + key * sizeof(M));
+        low = masked(low, pair.data[0]), high = masked(high, pair.data[1]);
+      } else {
+        const M* const at = reinterpret_cast<const M*>(mask) + key * p.mask.col_stride;
+        if (key < limit) low = masked(low, *at);
+        if (key + 1 < limit) high = masked(high, at[p.mask.col_stride]);
+      }
+    }
+  }
+
+  // Scale, soft cap and mask, for the warp's scores with the keys from k0.
+  static FASTNN_DEVICE void finish_scores(const AttentionForward& p, float (&s)[kFragmentsM][kFragmentsS][4], int k0,
+                                          const unsigned char* const (&mask)[kFragmentsM][2], int lane) {
+    const float scale = static_cast<float>(p.scale), cap = static_cast<float>(p.softcap);
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int j = 0; j < kFragmentsS; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[i][j][e] *= scale;
+    if (cap != 0.0f) {
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int j = 0; j < kFragmentsS; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[i][j][e] = cap * tanh_approximate(s[i][j][e]);
+    }
+    if (p.mask_type == AttentionMask::None) return;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = k0 + lane % 4 * 2;
+        if (p.mask_type == AttentionMask::Bool)
+          add_mask<uint8_t>(p, mask[i][half], key, p.key_length, s[i], half);
+        else if (p.mask_type == AttentionMask::Query)
+          add_mask<T>(p, mask[i][half], key, p.key_length, s[i], half);
+        else
+          add_mask<float>(p, mask[i][half], key, p.key_length, s[i], half);
+      }
+  }
+
+  static FASTNN_DEVICE void limit_scores(const AttentionForward& p, float (&s)[kFragmentsM][kFragmentsS][4], int k0,
+                                         const AttentionRow (&rows)[kFragmentsM][2], int lane) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = rows[i][half].query, begin = query + p.first_shift;
+        const int last = query + p.last_shift, end = last < p.key_length ? last + 1 : p.key_length;
+#pragma unroll
+        for (int j = 0; j < kFragmentsS; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int key = k0 + 8 * j + lane % 4 * 2 + e;
+            if (key < begin || key >= end) s[i][j][2 * half + e] = kMinusInfinity<float>;
+          }
+      }
+  }
+
+  // Scores become exponentials below the new maximum of their row; what older keys left shrinks.
+  static FASTNN_DEVICE void softmax(State& state, float (&s)[kFragmentsM][kFragmentsS][4], float c) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float top = state.top[i][half];
+#pragma unroll
+        for (int j = 0; j < kFragmentsS; ++j)
+          top = larger(top, larger(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        top = larger(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = larger(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float safe = safe_top(top), alpha = ptx::exp2_approximate((state.top[i][half] - safe) * c);
+        const float shift = -safe * c;
+        state.top[i][half] = top;
+        float sum = state.sum[i][half] * alpha;
+#pragma unroll
+        for (int j = 0; j < kFragmentsS; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = s[i][j][2 * half + e];
+            x = ptx::exp2_approximate(::fmaf(x, c, shift));
+            sum += x;
+          }
+        state.sum[i][half] = sum;
+#pragma unroll
+        for (int n = 0; n < kFragmentsO; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) state.out[i][n][2 * half + e] *= alpha;
+      }
+  }
+
+  static FASTNN_DEVICE void drop(const AttentionForward& p, uint64_t seed, float (&s)[kFragmentsM][kFragmentsS][4],
+                                 int k0, const AttentionRow (&rows)[kFragmentsM][2], int lane) {
+    constexpr int kGroup = kFragmentsS < 4 ? kFragmentsS : 4;  // fragments that one Philox serves
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int j = 0; j < kFragmentsS; j += kGroup) {
+            const int key = k0 + 8 * j + lane % 4 * 2 + e;
+            const auto words = philox(seed, rows[i][half], key / 32 * 32 + key % 8);
+            const bool upper = kGroup < 4 && key % 32 >= 16;
+#pragma unroll
+            for (int w = 0; w < kGroup; ++w) {
+              const uint32_t word = upper ? words.data[(w + 2) % 4] : words.data[w];
+              if (word < p.drop_below) s[i][j + w][2 * half + e] = 0.0f;
+            }
+          }
+  }
+
+  // ---- the end -------------------------------------------------------------------------------------------------------
+
+  // The warp's rows of the output: through its own rows of the queries' tile, so that 16 bytes are stored at once.
+  static FASTNN_DEVICE void store(const AttentionForward& p, State& state, const AttentionRow (&rows)[kFragmentsM][2],
+                                  uint32_t item, int first, unsigned char* staging, int lane) {
+    if (first >= p.rows) return;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = 16 * i + 8 * half + lane / 4;
+        const int64_t number = rows[i][half].number(p);
+        const bool inside = first + r < p.rows;
+        const float top = state.top[i][half], sum = state.sum[i][half];
+        if (p.partial) {
+          if (!inside) continue;
+          if (lane % 4 == 0) store_partial_sums(p, number, top, sum);
+          float* const to = partial_values<float>(p, static_cast<int>(blockIdx.y), number);
+#pragma unroll
+          for (int n = 0; n < kFragmentsO; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int col = 8 * n + lane % 4 * 2 + e;
+              if (col < p.value_dim) to[col] = state.out[i][n][2 * half + e];
+            }
+        } else {
+          if (inside && lane % 4 == 0) store_sums(p, number, top, sum);
+          const float inverse = inverse_of(p, sum);
+#pragma unroll
+          for (int n = 0; n < kFragmentsO; ++n)
+            ptx::shared_store(staging + 16 * swizzled<kChunks>(r, n) + lane % 4 * 4,
+                              ptx::pack_pair(state.out[i][n][2 * half] * inverse,
+                                             state.out[i][n][2 * half + 1] * inverse, T{}));
+        }
+      }
+    if (p.partial) return;
+    __syncwarp();
+#pragma unroll 1
+    for (int index = lane; index < kWarpRows * kChunks; index += 32) {
+      const int r = index / kChunks, c = index % kChunks, count = cut(p.value_dim - 8 * c, 0, 8);
+      if (first + r >= p.rows || count == 0) continue;
+      const auto values = ptx::shared_load<Vector<T, 8>>(staging + 16 * swizzled<kChunks>(r, c));
+      T* const to = output_row<T>(p, attention_row(p, item, first + r)) + 8 * c;
+      if (p.output.width == 16 && count == 8) {
+        ptx::global_store_16(to, values);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (i < count) to[i] = values.data[i];
+      }
+    }
+  }
+
+  // Four warps that had a quarter of the keys each: [4][16] maxima and sums, [4][16][width] values in shared memory.
+  static FASTNN_DEVICE void merge_warps(const AttentionForward& p, const State& state, uint32_t item, int r0,
+                                        float* shared, int warp, int lane) {
+    float* const values = shared + 2 * 4 * tile.rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = 8 * half + lane / 4;
+      if (lane % 4 == 0)
+        ptx::shared_store(shared + (warp * tile.rows + r) * 2, Vector<float, 2>{{state.top[0][half], state.sum[0][half]}});
+#pragma unroll
+      for (int n = 0; n < kFragmentsO; ++n)
+        ptx::shared_store(values + (warp * tile.rows + r) * tile.width + 8 * n + lane % 4 * 2,
+                          Vector<float, 2>{{state.out[0][n][2 * half], state.out[0][n][2 * half + 1]}});
+    }
+    __syncthreads();
+    const float c = static_cast<float>(p.factor);
+#pragma unroll 1
+    for (int index = static_cast<int>(threadIdx.x); index < tile.rows * tile.width / 2; index += kThreads) {
+      const int r = index / (tile.width / 2), col = index % (tile.width / 2) * 2;
+      if (r0 + r >= p.rows || (col >= p.value_dim && col > 0)) continue;
+      Vector<float, 2> parts[4];
+      float top = kMinusInfinity<float>, sum = 0.0f, value[2] = {};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        parts[w] = ptx::shared_load<Vector<float, 2>>(shared + (w * tile.rows + r) * 2);
+        top = larger(top, parts[w].data[0]);
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float weight = ptx::exp2_approximate((parts[w].data[0] - safe_top(top)) * c);
+        const auto own = ptx::shared_load<Vector<float, 2>>(values + (w * tile.rows + r) * tile.width + col);
+        sum += weight * parts[w].data[1];
+        value[0] += weight * own.data[0], value[1] += weight * own.data[1];
+      }
+      const AttentionRow row = attention_row(p, item, r0 + r);
+      const int64_t number = row.number(p);
+      if (p.partial) {
+        if (col == 0) store_partial_sums(p, number, top, sum);
+      } else {
+        if (col == 0) store_sums(p, number, top, sum);
+      }
+      const float inverse = inverse_of(p, sum);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (col + e >= p.value_dim) continue;
+        if (p.partial)
+          partial_values<float>(p, static_cast<int>(blockIdx.y), number)[col + e] = value[e];
+        else
+          output_row<T>(p, row)[col + e] = narrow<T>(value[e] * inverse);
+      }
+    }
+  }
+
+  static FASTNN_DEVICE void run(const AttentionForward& p) {
+    unsigned char *const query = ptx::dynamic_shared(), *const ring = query + kQueryBytes;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp_row = warp / kWarpsK * kWarpRows, warp_key = warp % kWarpsK * kWarpKeys;
+    // Later rows first: with a causal limit they take longest.
+    const uint32_t item = blockIdx.x / static_cast<uint32_t>(p.row_tiles);
+    const int r0 = (p.row_tiles - 1 - static_cast<int>(blockIdx.x % static_cast<uint32_t>(p.row_tiles))) * tile.rows;
+    const uint32_t shared_head = item * static_cast<uint32_t>(p.heads_of_item) / static_cast<uint32_t>(p.group);
+    const RowMatrix keys = {static_cast<const uint16_t*>(p.key.data) + p.key.heads(shared_head), p.key.row_stride,
+                            p.key_length, p.head_dim, p.key.width};
+    const RowMatrix values = {static_cast<const uint16_t*>(p.value.data) + p.value.heads(shared_head),
+                              p.value.row_stride, p.key_length, p.value_dim, p.value.width};
+    const TileRange tiles = visible_tiles(p, visible_keys(p, r0, r0 + tile.rows), tile.keys);
+    const KeyRange seen = visible_keys(p, r0 + warp_row, r0 + warp_row + kWarpRows);
+
+    AttentionRow rows[kFragmentsM][2];
+    const unsigned char* mask[kFragmentsM][2] = {};
+    State state;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[i][half] = attention_row(p, item, r0 + warp_row + 16 * i + 8 * half + lane / 4);
+        if constexpr (tile.general) mask[i][half] = mask_row<T>(p, rows[i][half]);
+        state.top[i][half] = kMinusInfinity<float>;
+      }
+    uint64_t seed = 0;
+    if constexpr (tile.general) seed = philox_seed(p);
+    const float c = static_cast<float>(p.factor);
+
+    int next = 2 * tiles.begin, into = 0;  // what is loaded next, keys and values of each step in turn, and its slot
+    const auto load = [&] {
+      if (next < 2 * tiles.end) {
+        unsigned char* const slot = ring + into * kSlotBytes;
+        if (next % 2 == 0)
+          copy_positions(slot, keys, p.key.col_stride, next / 2 * tile.keys);
+        else
+          copy_positions(slot, values, p.value.col_stride, next / 2 * tile.keys);
+      }
+      ptx::cp_async_commit();  // an empty group at the end, so that the count of groups stays in step
+      ++next, into = into + 1 == kSlots ? 0 : into + 1;
+    };
+    int from = 0;
+    const auto landed = [&] {
+      ptx::cp_async_wait<kSlots - 2>();
+      __syncthreads();  // the tile is there for all, and all have read the one that the next load replaces
+      load();
+      const unsigned char* const slot = ring + from * kSlotBytes;
+      from = from + 1 == kSlots ? 0 : from + 1;
+      return slot;
+    };
+
+    copy_queries(query, p, item, r0);
+#pragma unroll
+    for (int i = 0; i < kSlots - 1; ++i) load();
+#pragma unroll 1
+    for (int step = tiles.begin; step < tiles.end; ++step) {
+      const int k0 = step * tile.keys + warp_key;
+      const bool any = k0 < seen.end && k0 + kWarpKeys > seen.begin;
+      float s[kFragmentsM][kFragmentsS][4] = {};
+      const unsigned char* slot = landed();
+      if (any) {
+        multiply_keys(s, query + warp_row * kChunks * 16, slot + warp_key * kChunks * 16, lane);
+        if constexpr (tile.general) finish_scores(p, s, k0, mask, lane);
+        if (k0 < seen.all_begin || k0 + kWarpKeys > seen.all_end) limit_scores(p, s, k0, rows, lane);
+        softmax(state, s, c);
+        if constexpr (tile.general)
+          if (p.drop_below) drop(p, seed, s, k0, rows, lane);
+      }
+      slot = landed();
+      if (any) multiply_values(state, s, slot + warp_key * kChunks * 16, lane);
+    }
+    ptx::cp_async_wait<0>();
+
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& sum = state.sum[i][half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      }
+    if constexpr (kWarpsK > 1) {
+      __syncthreads();  // nobody reads the ring any more
+      merge_warps(p, state, item, r0, reinterpret_cast<float*>(ring), warp, lane);
+    } else {
+      __syncthreads();  // queries were copied by other warps, if no step waited for them
+      store(p, state, rows, item, r0 + warp_row, query + warp_row * kChunks * 16, lane);
+    }
+  }
+};
+
+template <class T, int TILE>
+__global__ void __launch_bounds__(kAttentionThreads) attention_mma_kernel(__grid_constant__ const AttentionForward p) {
+  AttentionMmaKernel<T, TILE>::run(p);
+}
+
+}  // namespace fastnn::cuda
