@@ -37,9 +37,9 @@ def registers(log: str) -> list[str]:
     for line in log.splitlines():
         if found := re.search(r"(?:Function properties for|Compiling entry function) '?(\w+)", line):
             kernel = found.group(1)
-        if found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            if any(int(count) for count in found.groups()):
-                wrong.append(f"{kernel}: {line.strip()}")
+        found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if found and any(int(count) for count in found.groups()):
+            wrong.append(f"{kernel}: {line.strip()}")
     return wrong
 
 
@@ -49,7 +49,9 @@ def disassembled(nvdisasm: str, cubin: Path) -> dict[str, Counter]:
     kernels = {}
     for part in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
         name = re.match(r"\w+", part).group()
-        kernels[name] = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)", part, flags=re.M))
+        kernels[name] = Counter(
+            re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)", part, flags=re.M)
+        )
     return kernels
 
 
