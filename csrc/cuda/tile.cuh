@@ -17,15 +17,15 @@ FASTNN_HOST_DEVICE constexpr int swizzled(int row, int chunk) {
   return row * CHUNKS + (chunk ^ (row / rows_in_128_bytes & mask));
 }
 
-// A matrix of 16-bit elements whose rows lie dense, ld elements apart.
+// A matrix of 16-bit elements whose rows lie dense, ld elements apart; 0 where there is one row.
 struct RowMatrix {
   const uint16_t* data;
   int64_t ld, rows, cols;
   int width;  // bytes of the widest copy that every chunk's address allows: 16, 8, 4 or 2
 };
 
-FASTNN_HOST_DEVICE constexpr int copy_width(uint64_t address, int64_t ld, int64_t rows) {
-  const uint64_t bits = address | (rows > 1 ? 2 * static_cast<uint64_t>(ld) : 0);
+FASTNN_HOST_DEVICE constexpr int copy_width(uint64_t address, int64_t ld) {
+  const uint64_t bits = address | 2 * static_cast<uint64_t>(ld);
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 

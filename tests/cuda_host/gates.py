@@ -23,6 +23,7 @@ MEANT = [
     ("linear_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128", "STG.E.128"]),
     ("linear_gemv_mma_kernel", 80, ["HMMA.16816.F32", "LDG.E.128"]),
     ("linear_gemv_fma_kernel", 75, ["LDG.E.128"]),
+    ("linear_grad_kernel", 75, ["LDG.E.128", "STG.E.128"]),
 ]
 NEVER = ("LDL", "STL")
 # bfloat16 has no matrix instruction on sm_75; its kernels are compiled there but never chosen.
