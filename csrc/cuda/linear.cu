@@ -1,5 +1,9 @@
 // linear on CUDA, host side: the plan, the kernel that it names, the launch.
+#include <algorithm>
+#include <type_traits>
+
 #include "cuda/launch.cuh"
+#include "cuda/linear_backward.cuh"
 #include "cuda/linear_gemv.cuh"
 #include "cuda/linear_launch.h"
 #include "cuda/linear_simt.cuh"
@@ -49,7 +53,8 @@ RowMatrix row_matrix(const StridedMatrix& x) {
   matrix.data = static_cast<const uint16_t*>(x.data);
   const bool k = along_k(x);
   matrix.ld = k ? x.row : x.col, matrix.rows = k ? x.rows : x.cols, matrix.cols = k ? x.cols : x.rows;
-  matrix.width = copy_width(reinterpret_cast<uintptr_t>(x.data), matrix.ld, matrix.rows);
+  if (matrix.rows <= 1) matrix.ld = 0;  // it has no meaning, and rows past the end take it for an address, too
+  matrix.width = copy_width(reinterpret_cast<uintptr_t>(x.data), matrix.ld);
   return matrix;
 }
 
@@ -162,6 +167,96 @@ Status linear_forward_planned(const LinearForward& p, const LinearPlan& plan, Wo
 
 Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream) {
   return linear_forward_planned(p, linear_forward_plan(p), workspace, stream);
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct BackwardPlan {
+  bool derived;        // grad_output goes through a pass of its own: an activation, or strides that no kernel takes
+  int64_t run, runs;   // of rows, for the column sums
+  Gemm input, weight;  // grad_input and grad_weight
+  LinearPlan input_plan, weight_plan;
+  int64_t grad_bytes, sums_bytes, partial_bytes;  // of the workspace, in this order
+};
+
+// g W and gᵀ X, where g lies at `grad` in the workspace or is grad_output itself.
+BackwardPlan backward_plan(const LinearBackward& p, void* grad) {
+  BackwardPlan b = {};
+  const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
+  const int64_t size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2, sum = size == 8 ? 8 : 4;
+  const bool dense = p.grad_col == 1 || p.grad_row == 1 || p.M <= 1 || p.N <= 1;
+  b.derived = (p.grad_input || p.grad_weight) && (p.activation != Activation::None || (size == 2 && !dense));
+  b.run = ceil_div(ceil_div(p.M, 256), 64) * 64, b.runs = p.M == 0 ? 0 : ceil_div(p.M, b.run);
+  b.grad_bytes = b.derived ? aligned(p.M * p.N * size) : 0;
+  b.sums_bytes = p.grad_bias ? aligned(b.runs * p.N * sum) : 0;
+  const void* const g = b.derived ? grad : p.grad_output;
+  const int64_t row = b.derived ? p.N : p.grad_row, col = b.derived ? 1 : p.grad_col;
+  const auto product = [&](int64_t M, int64_t N, int64_t K, StridedMatrix a, StridedMatrix other, void* output) {
+    return Gemm{p.dtype, M, N, K, a, other, {output, nullptr, nullptr, nullptr, M, N, Activation::None, false}};
+  };
+  const auto plan = [&](const Gemm& gemm, LinearPlan& chosen) {
+    if (!gemm.epilogue.output) return;
+    chosen = plan_of(gemm);
+    b.partial_bytes = std::max(b.partial_bytes, linear_partial_bytes(p.dtype, gemm.M, gemm.N, chosen.splits));
+  };
+  b.input =
+      product(p.M, p.K, p.N, {g, row, col, p.M, p.N}, {p.weight, p.weight_col, p.weight_row, p.K, p.N}, p.grad_input);
+  b.weight =
+      product(p.N, p.K, p.M, {g, col, row, p.N, p.M}, {p.input, p.input_col, p.input_row, p.K, p.M}, p.grad_weight);
+  plan(b.input, b.input_plan), plan(b.weight, b.weight_plan);
+  return b;
+}
+
+template <class T>
+Status launch_grad(const LinearBackward& p, const BackwardPlan& b, void* grad, void* sums, Stream stream) {
+  const Label label = {"linear_grad_kernel", {{"M", p.M}, {"N", p.N}, {"bytes", sizeof(T)}}};
+  const bool with_saved = p.activation != Activation::None;
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(p.grad_output) | reinterpret_cast<uintptr_t>(p.saved) |
+                              reinterpret_cast<uintptr_t>(grad);
+  const bool vector = p.grad_col == 1 && addresses % 16 == 0 && p.N % kLanes<T> == 0 && p.grad_row % kLanes<T> == 0;
+  const LinearGrad params = {p.grad_output, p.grad_row,   p.grad_col, with_saved ? p.saved : nullptr,
+                             grad,          sums,         p.M,        p.N,
+                             b.run,         p.activation, vector};
+  if (b.runs > 0 && p.N > 0) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.N, kGradColumns<T>)), static_cast<unsigned>(b.runs));
+    const int shared = sums ? 8 * kGradColumns<T> * static_cast<int>(sizeof(Compute<T>)) : 0;
+    const Status status = launch(label, linear_grad_kernel<T>, grid, 256, shared, stream, params);
+    if (!status.ok()) return status;
+  }
+  if (!p.grad_bias || p.N == 0) return {};
+  return launch({"linear_column_sums_kernel", {{"N", p.N}, {"runs", b.runs}}}, linear_column_sums_kernel<T>,
+                dim3(static_cast<unsigned>(ceil_div(p.N, 256))), 256, 0, stream, static_cast<const Compute<T>*>(sums),
+                static_cast<T*>(p.grad_bias), p.N, b.runs);
+}
+
+}  // namespace
+
+int64_t linear_backward_workspace(const LinearBackward& p) {
+  const BackwardPlan b = backward_plan(p, nullptr);
+  return b.grad_bytes + b.sums_bytes + b.partial_bytes;
+}
+
+Status linear_backward(const LinearBackward& p, Workspace workspace, Stream stream) {
+  const BackwardPlan b = backward_plan(p, workspace.data);
+  if (workspace.bytes < b.grad_bytes + b.sums_bytes + b.partial_bytes)
+    return failed({"linear_backward", {{"M", p.M}, {"N", p.N}, {"K", p.K}}}, cudaErrorInvalidValue,
+                  "a workspace that is too small");
+  char* const memory = static_cast<char*>(workspace.data);
+  void* const grad = b.derived ? memory : nullptr;
+  void* const sums = p.grad_bias ? memory + b.grad_bytes : nullptr;
+  const Workspace partial = {memory + b.grad_bytes + b.sums_bytes, b.partial_bytes};
+  if (grad || sums) {
+    const Status status =
+        with_storage(p.dtype, [&](auto t) { return launch_grad<decltype(t)>(p, b, grad, sums, stream); });
+    if (!status.ok()) return status;
+  }
+  if (p.grad_input) {
+    const Status status = gemm(b.input, b.input_plan, partial, stream);
+    if (!status.ok()) return status;
+  }
+  return p.grad_weight ? gemm(b.weight, b.weight_plan, partial, stream) : Status{};
 }
 
 }  // namespace fastnn::cuda

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(128) linear_gemv_fma_kernel(__grid_constant__ 
 #pragma unroll 1
   for (int first = 0; first < 16; first += COLS) {
     T sums[ROWS][COLS] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int64_t k = begin + (warp * 32 + lane) * W; k < end; k += 128 * W) {
       Vector<T, W> weights[COLS];
 #pragma unroll

@@ -62,19 +62,19 @@ struct LinearMmaKernel {
                                      int warp_n) {
 #pragma unroll
     for (int k = 0; k < tile.k; k += 16) {
-      uint32_t a[kFragmentsM][4], b[kFragmentsN][2];
+      uint32_t a[kFragmentsM][4];
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) A::load(a[i], stage, warp_m * kWarpM + 16 * i, k);
 #pragma unroll
       for (int j = 0; j < kFragmentsN; j += 2) {
         uint32_t r[4];
         B::load(r, stage + A::kBytes, warp_n * kWarpN + 8 * j, k);
-        b[j][0] = r[0], b[j][1] = r[2], b[j + 1][0] = r[1], b[j + 1][1] = r[3];
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+          ptx::mma_m16n8k16(sums[i][j], a[i], {r[0], r[2]}, T{});
+          ptx::mma_m16n8k16(sums[i][j + 1], a[i], {r[1], r[3]}, T{});
+        }
       }
-#pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-        for (int j = 0; j < kFragmentsN; ++j) ptx::mma_m16n8k16(sums[i][j], a[i], b[j], T{});
     }
   }
 

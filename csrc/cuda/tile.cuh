@@ -19,15 +19,15 @@ FASTNN_HOST_DEVICE constexpr int swizzled(int row, int chunk) {
   return row * CHUNKS + (chunk ^ (row / rows_in_128_bytes & mask));
 }
 
-// A matrix of 16-bit elements whose rows lie dense, ld elements apart.
+// A matrix of 16-bit elements whose rows lie dense, ld elements apart; 0 where there is one row.
 struct RowMatrix {
   const uint16_t* data;
   int64_t ld, rows, cols;
   int width;  // bytes of the widest copy that every chunk's address allows: 16, 8, 4 or 2
 };
 
-FASTNN_HOST_DEVICE constexpr int copy_width(uint64_t address, int64_t ld, int64_t rows) {
-  const uint64_t bits = address | (rows > 1 ? 2 * static_cast<uint64_t>(ld) : 0);
+FASTNN_HOST_DEVICE constexpr int copy_width(uint64_t address, int64_t ld) {
+  const uint64_t bits = address | 2 * static_cast<uint64_t>(ld);
   return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
@@ -52,34 +52,35 @@ FASTNN_DEVICE void copy_chunk_by_elements(unsigned char* to, const uint16_t* fro
 }
 
 // Rows row .. row + ROWS, columns col .. col + 8 CHUNKS; zeros outside of the matrix. By THREADS threads; the caller
-// commits and waits.
+// commits and waits. A thread has the same chunk of rows that lie kStep apart, so one address serves them all.
 template <int ROWS, int CHUNKS, int THREADS>
 FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64_t row, int64_t col) {
-  static_assert(ROWS * CHUNKS % THREADS == 0);
-  const int rows_left = static_cast<int>(matrix.rows - row < ROWS ? matrix.rows - row : ROWS);
-  const int cols_left = static_cast<int>(matrix.cols - col < 8 * CHUNKS ? matrix.cols - col : 8 * CHUNKS);
-  const auto each = [&](int i, const auto& copy) {
-    const int index = static_cast<int>(threadIdx.x) + i * THREADS, r = index / CHUNKS, c = index % CHUNKS;
-    const int left = cols_left - 8 * c, count = r >= rows_left || left < 0 ? 0 : left > 8 ? 8 : left;
-    const uint16_t* const from = count ? matrix.data + (row + r) * matrix.ld + col + 8 * c : matrix.data;
-    copy(tile + 16 * swizzled<CHUNKS>(r, c), from, count);
-  };
-  constexpr int kEach = ROWS * CHUNKS / THREADS;
+  constexpr int kStep = THREADS / CHUNKS, kEach = ROWS / kStep;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % kStep == 0 && kStep % 8 == 0, "the swizzle repeats after eight rows");
+  const int r = static_cast<int>(threadIdx.x) / CHUNKS, c = static_cast<int>(threadIdx.x) % CHUNKS;
+  const int rows_left = static_cast<int>(matrix.rows - row < ROWS ? matrix.rows - row : ROWS) - r;
+  const int cols_left = static_cast<int>(matrix.cols - col < 8 * CHUNKS ? matrix.cols - col : 8 * CHUNKS) - 8 * c;
+  const int count = cols_left < 0 ? 0 : cols_left > 8 ? 8 : cols_left;
+  const uint16_t* const from = matrix.data + (row + r) * matrix.ld + col + 8 * c;
+  unsigned char* const to = tile + 16 * swizzled<CHUNKS>(r, c);
   if (matrix.width == 16) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      each(i, [](unsigned char* to, const uint16_t* from, int count) { ptx::cp_async<16>(to, from, 2 * count); });
+    for (int i = 0; i < kEach; ++i)  // of no bytes, it reads nothing: the address may lie outside
+      ptx::cp_async<16>(to + i * 16 * kStep * CHUNKS, from + i * kStep * matrix.ld,
+                        i * kStep < rows_left ? 2 * count : 0);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < kEach; ++i)
-      each(i, [&](unsigned char* to, const uint16_t* from, int count) {
-        if (matrix.width == 8)
-          copy_chunk<8>(to, from, matrix.data, count);
-        else if (matrix.width == 4)
-          copy_chunk<4>(to, from, matrix.data, count);
-        else
-          copy_chunk_by_elements(to, from, count);
-      });
+    for (int i = 0; i < kEach; ++i) {
+      const int valid = i * kStep < rows_left ? count : 0;
+      const uint16_t* const source = valid ? from + i * kStep * matrix.ld : matrix.data;
+      unsigned char* const place = to + i * 16 * kStep * CHUNKS;
+      if (matrix.width == 8)
+        copy_chunk<8>(place, source, matrix.data, valid);
+      else if (matrix.width == 4)
+        copy_chunk<4>(place, source, matrix.data, valid);
+      else
+        copy_chunk_by_elements(place, source, valid);
+    }
   }
 }
 

@@ -23,6 +23,7 @@ MEANT = [
     ("linear_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128", "STG.E.128"]),
     ("linear_gemv_mma_kernel", 80, ["HMMA.16816.F32", "LDG.E.128"]),
     ("linear_gemv_fma_kernel", 75, ["LDG.E.128"]),
+    ("linear_grad_kernel", 75, ["LDG.E.128", "STG.E.128"]),
 ]
 NEVER = ("LDL", "STL")
 # bfloat16 has no matrix instruction on sm_75; its kernels are compiled there but never chosen.
@@ -37,9 +38,9 @@ def registers(log: str) -> list[str]:
     for line in log.splitlines():
         if found := re.search(r"(?:Function properties for|Compiling entry function) '?(\w+)", line):
             kernel = found.group(1)
-        if found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            if any(int(count) for count in found.groups()):
-                wrong.append(f"{kernel}: {line.strip()}")
+        found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if found and any(int(count) for count in found.groups()):
+            wrong.append(f"{kernel}: {line.strip()}")
     return wrong
 
 
@@ -49,7 +50,9 @@ def disassembled(nvdisasm: str, cubin: Path) -> dict[str, Counter]:
     kernels = {}
     for part in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]:
         name = re.match(r"\w+", part).group()
-        kernels[name] = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)", part, flags=re.M))
+        kernels[name] = Counter(
+            re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)", part, flags=re.M)
+        )
     return kernels
 
 

@@ -102,6 +102,8 @@ namespace cuda {
 // `algorithm`, `packed` and `threads` are the CPU's. The workspace has as many bytes as linear_forward_workspace says.
 int64_t linear_forward_workspace(const LinearForward& p);
 Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream);
+int64_t linear_backward_workspace(const LinearBackward& p);
+Status linear_backward(const LinearBackward& p, Workspace workspace, Stream stream);
 
 }  // namespace cuda
 }  // namespace fastnn
