@@ -12,9 +12,7 @@ namespace {
 
 constexpr int64_t kMostPositions = int64_t{1} << 30;
 
-int64_t size_of(DType dtype) {
-  return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
-}
+int64_t size_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
 
 // The digits and strides behind a list of offsets, or false where there are none. A run of equal steps ends where a digit
 // does: had it ended further, the two digits would be one.
@@ -36,10 +34,10 @@ bool head_offsets(const int64_t* offset, int64_t heads, HeadOffsets& at) {
 }
 
 // The widest copy, in bytes, that the start of every row allows, where features lie next to each other.
-int row_width(const AttentionRows& rows, int64_t size, int64_t positions) {
+int row_width(const AttentionRows& rows, int64_t size) {
   uint64_t bits = reinterpret_cast<uintptr_t>(rows.data) | static_cast<uint64_t>(rows.heads.first * size);
   for (int i = 0; i < rows.heads.digits; ++i) bits |= static_cast<uint64_t>(rows.heads.stride[i] * size);
-  if (positions > 1) bits |= static_cast<uint64_t>(rows.row_stride * size);
+  bits |= static_cast<uint64_t>(rows.row_stride * size);
   for (int width = 16; width > size; width /= 2)
     if (bits % width == 0) return width;
   return static_cast<int>(size);
@@ -49,17 +47,31 @@ bool needs_more_than_a_factor(const AttentionParams& p) {
   return p.mask_type != AttentionMask::None || p.softcap != 0 || !(p.scale > 0);
 }
 
-Label label_of(const char* kernel, const AttentionParams& p, const AttentionPlan& plan) {
-  return {kernel,
-          {{"heads", p.heads},
-           {"group", p.group},
-           {"queries", p.query_length},
-           {"keys", p.key_length},
-           {"head_dim", p.head_dim},
-           {"value_dim", p.value_dim},
-           {"bytes", size_of(p.dtype)},
-           {"tile", plan.tile},
-           {"splits", plan.splits}}};
+// f(label); a label's sizes live no longer than the variable that was made of them.
+template <class F>
+Status with_label(const char* kernel, const AttentionParams& p, const AttentionPlan& plan, const F& f) {
+  const Label label = {kernel,
+                       {{"heads", p.heads},
+                        {"group", p.group},
+                        {"queries", p.query_length},
+                        {"keys", p.key_length},
+                        {"head_dim", p.head_dim},
+                        {"value_dim", p.value_dim},
+                        {"bytes", size_of(p.dtype)},
+                        {"tile", plan.tile},
+                        {"splits", plan.splits}}};
+  return f(label);
+}
+Status refused(const char* kernel, const AttentionParams& p, const AttentionPlan& plan, const char* reason) {
+  return with_label(kernel, p, plan, [&](const Label& label) { return failed(label, cudaErrorInvalidValue, reason); });
+}
+// As launch() has it.
+template <class Kernel, class... Arguments>
+Status launch_labelled(const char* name, const AttentionParams& p, const AttentionPlan& plan, Kernel* kernel, dim3 grid,
+                       int threads, int shared_bytes, Stream stream, const Arguments&... arguments) {
+  return with_label(name, p, plan, [&](const Label& label) {
+    return launch(label, kernel, grid, threads, shared_bytes, stream, arguments...);
+  });
 }
 
 // What the kernel reads; the reason where it cannot be said.
@@ -69,9 +81,10 @@ const char* fill(const AttentionParams& p, const AttentionPlan& plan, AttentionF
   if (p.heads >= kMostPositions) return "more than 2^30 heads";
   f = {};
   const auto rows = [&](AttentionRows& to, const auto& x, int64_t col_stride, int64_t heads, int64_t positions) {
-    to.data = x.data, to.row_stride = x.row_stride, to.col_stride = col_stride;
+    to.data = x.data, to.col_stride = col_stride;
+    to.row_stride = positions > 1 ? x.row_stride : 0;  // rows that are not there have addresses, too
     if (!head_offsets(x.offset, heads, to.heads)) return false;
-    to.width = row_width(to, size, positions);
+    to.width = row_width(to, size);
     return true;
   };
   const int64_t group = std::max<int64_t>(p.group, 1);
@@ -83,7 +96,7 @@ const char* fill(const AttentionParams& p, const AttentionPlan& plan, AttentionF
   if (p.mask_type != AttentionMask::None) {
     const int64_t bytes = p.mask_type == AttentionMask::Bool ? 1 : p.mask_type == AttentionMask::Float32 ? 4 : size;
     told = told && rows(f.mask, p.mask, p.mask.col_stride, p.heads, L);
-    f.mask.width = p.mask.col_stride == 1 && row_width(f.mask, bytes, L) >= 2 * bytes ? 2 : 1;
+    f.mask.width = p.mask.col_stride == 1 && row_width(f.mask, bytes) >= 2 * bytes ? 2 : 1;
   }
   if (!told) return "leading dimensions that six strides cannot tell";
   f.query_length = static_cast<int>(L), f.key_length = static_cast<int>(S);
@@ -118,8 +131,8 @@ Status launch_mma(const AttentionParams& p, const AttentionPlan& plan, const Att
     return {};
   } else {
     if (plan.tile != TILE) return launch_mma<T, TILE + 1>(p, plan, f, grid, capability, stream);
-    return launch(label_of("attention_mma_kernel", p, plan), attention_mma_kernel<T, TILE>, grid, kAttentionThreads,
-                  attention_shared_bytes(kAttentionTiles[TILE], 10 * capability), stream, f);
+    return launch_labelled("attention_mma_kernel", p, plan, attention_mma_kernel<T, TILE>, grid, kAttentionThreads,
+                           attention_shared_bytes(kAttentionTiles[TILE], 10 * capability), stream, f);
   }
 }
 
@@ -128,27 +141,27 @@ Status run(const AttentionParams& p, const AttentionPlan& plan, const AttentionF
   const Device device = current_device();
   const int64_t blocks = p.heads / plan.heads * f.row_tiles;
   if (blocks > std::numeric_limits<int32_t>::max())
-    return failed(label_of("attention", p, plan), cudaErrorInvalidValue, "more blocks than a grid holds");
+    return refused("attention", p, plan, "more blocks than a grid holds");
   dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.splits));
   Status status;
   if (plan.kernel == AttentionKernel::Mma) {
-    const bool fits = attention_fits(attention_problem(p), kAttentionTiles[plan.tile], device.capability,
-                                     device.shared_bytes);
+    const bool fits =
+        attention_fits(attention_problem(p), kAttentionTiles[plan.tile], device.capability, device.shared_bytes);
     if constexpr (sizeof(T) == 2)
       if (fits) status = launch_mma<T>(p, plan, f, grid, device.capability, stream);
-    if (!fits) status = failed(label_of("attention_mma_kernel", p, plan), cudaErrorInvalidValue, "a tile that does not fit");
+    if (!fits) status = refused("attention_mma_kernel", p, plan, "a tile that does not fit");
   } else {
     constexpr int columns = sizeof(T) == 8 ? 64 : 128;
     grid.z = static_cast<unsigned>(std::max<int64_t>((p.value_dim + columns - 1) / columns, 1));
-    const Label label = label_of("attention_simt_kernel", p, plan);
-    status = plan.tile == 0 ? launch(label, attention_simt_kernel<T, 0>, grid, kAttentionSimtThreads,
-                                     AttentionSimtKernel<T, 0>::kSharedBytes, stream, f)
-                            : launch(label, attention_simt_kernel<T, 1>, grid, kAttentionSimtThreads,
-                                     AttentionSimtKernel<T, 1>::kSharedBytes, stream, f);
+    const char* const name = "attention_simt_kernel";
+    status = plan.tile == 0 ? launch_labelled(name, p, plan, attention_simt_kernel<T, 0>, grid, kAttentionSimtThreads,
+                                              AttentionSimtKernel<T, 0>::kSharedBytes, stream, f)
+                            : launch_labelled(name, p, plan, attention_simt_kernel<T, 1>, grid, kAttentionSimtThreads,
+                                              AttentionSimtKernel<T, 1>::kSharedBytes, stream, f);
   }
   if (!status.ok() || plan.splits == 1) return status;
-  return launch(label_of("attention_merge_kernel", p, plan), attention_merge_kernel<T>,
-                dim3(static_cast<unsigned>((f.rows_of_all + 3) / 4)), 128, 0, stream, f, plan.splits);
+  return launch_labelled("attention_merge_kernel", p, plan, attention_merge_kernel<T>,
+                         dim3(static_cast<unsigned>((f.rows_of_all + 3) / 4)), 128, 0, stream, f, plan.splits);
 }
 
 }  // namespace
@@ -157,8 +170,14 @@ AttentionProblem attention_problem(const AttentionParams& p) {
   const auto key = [&](int64_t at) { return std::clamp<int64_t>(at, 0, p.key_length); };
   const float factor = static_cast<float>(p.scale * kLog2E<double>);
   const bool general = needs_more_than_a_factor(p) || p.dropout_p > 0 || !(factor > 0) || std::isinf(factor);
-  return {p.dtype,    p.heads,     std::max<int64_t>(p.group, 1), p.query_length,
-          p.head_dim, p.value_dim, key(p.first_shift),            key(p.query_length + p.last_shift),
+  return {p.dtype,
+          p.heads,
+          std::max<int64_t>(p.group, 1),
+          p.query_length,
+          p.head_dim,
+          p.value_dim,
+          key(p.first_shift),
+          key(p.query_length + p.last_shift),
           general};
 }
 
@@ -174,12 +193,11 @@ int64_t attention_forward_workspace(const AttentionParams& p) {
 Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
                                  Workspace workspace, Stream stream) {
   if (p.heads == 0 || p.query_length == 0) return {};
-  const Label label = label_of("attention", p, plan);
   AttentionForward f;
-  if (const char* reason = fill(p, plan, f)) return failed(label, cudaErrorInvalidValue, reason);
+  if (const char* reason = fill(p, plan, f)) return refused("attention", p, plan, reason);
   f.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
   if (workspace.bytes < attention_partial_bytes(attention_problem(p), plan.splits))
-    return failed(label, cudaErrorInvalidValue, "a workspace that is too small");
+    return refused("attention", p, plan, "a workspace that is too small");
   f.partial = plan.splits > 1 ? workspace.data : nullptr;
   switch (p.dtype) {
     case DType::Float32: return run<float>(p, plan, f, stream);

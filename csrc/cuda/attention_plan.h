@@ -18,21 +18,21 @@ struct AttentionTile {
   bool general;
 };
 inline constexpr AttentionTile kAttentionTiles[] = {
-    {32, 128, 64, 1, false}, {64, 128, 64, 1, false},  {96, 128, 64, 1, false}, {128, 128, 64, 1, false},
-    {192, 64, 32, 1, false}, {256, 64, 32, 1, false},  {64, 128, 32, 1, true},  {128, 64, 64, 1, true},
-    {256, 64, 32, 1, true},  {64, 16, 64, 4, true},    {128, 16, 64, 4, true},  {256, 16, 64, 4, true},
+    {32, 128, 64, 1, false}, {64, 128, 64, 1, false}, {96, 128, 32, 1, false}, {128, 128, 32, 1, false},
+    {192, 64, 32, 1, false}, {256, 64, 32, 1, false}, {64, 128, 32, 1, true},  {128, 64, 64, 1, true},
+    {256, 64, 32, 1, true},  {64, 16, 64, 4, true},   {128, 16, 64, 4, true},  {256, 16, 64, 4, true},
 };
 inline constexpr int kAttentionTileCount = 12, kAttentionThreads = 128;
 
 // Rows of the two tiles without tensor cores, keys of a step.
 inline constexpr int kAttentionSimtRows[] = {64, 16}, kAttentionSimtKeys = 64, kAttentionSimtThreads = 256;
 
-// Tiles of keys and of values in the ring: as many as leave room for two blocks on a multiprocessor, and on sm_75, where
-// copies do not run ahead, as many as its 64 KiB hold.
+// Tiles of keys and of values in the ring: four where 64 KiB hold them, so that two blocks share a multiprocessor and sm_75
+// has room; else three, which is two blocks on sm_80, and on sm_75, where copies do not run ahead, what its 64 KiB hold.
 constexpr int attention_slots(const AttentionTile& t, int arch) {
-  if (t.width <= 64) return 4;
-  if (t.warps_of_keys > 1) return t.width > 128 ? 2 : arch >= 800 ? 4 : 3;
-  return t.rows * t.width + 3 * t.keys * t.width <= 32768 || arch >= 800 ? 3 : 2;
+  const int query = t.rows * t.width * 2, slot = t.keys * t.width * 2;
+  if (query + 4 * slot <= 65536 || (t.warps_of_keys > 1 && t.width <= 128 && arch >= 800)) return 4;
+  return query + 3 * slot <= 65536 || (t.warps_of_keys == 1 && arch >= 800) ? 3 : 2;
 }
 constexpr int attention_shared_bytes(const AttentionTile& t, int arch) {
   const int ring = attention_slots(t, arch) * t.keys * t.width * 2;
@@ -64,7 +64,8 @@ constexpr int attention_keys(AttentionKernel kernel, int tile) {
 // Blocks before the keys are split. Without tensor cores a block has 128 columns of value (64 in double).
 constexpr int64_t attention_blocks(const AttentionProblem& p, const AttentionPlan& plan) {
   const int64_t rows = attention_rows(plan.kernel, plan.tile), columns = p.dtype == DType::Float64 ? 64 : 128;
-  const int64_t chunks = plan.kernel == AttentionKernel::Mma || p.value_dim <= columns ? 1 : (p.value_dim + columns - 1) / columns;
+  const int64_t chunks =
+      plan.kernel == AttentionKernel::Mma || p.value_dim <= columns ? 1 : (p.value_dim + columns - 1) / columns;
   return p.heads / plan.heads * ((plan.heads * p.query_length + rows - 1) / rows) * chunks;
 }
 

@@ -52,9 +52,9 @@ struct AttentionForward {
   int heads_of_item, group, rows, row_tiles;  // rows: of an item
   int first_shift, last_shift;                // cut to the lengths
   int first_tile, tiles_per_split;
-  double factor, scale, softcap;   // score = softcap · tanh(product · scale) + mask, or product · scale + mask
-  double keep, unseen;             // 1 / (1 - dropout_p), and what stands in for it where no key was seen
-  uint32_t drop_below;             // 0: no dropout
+  double factor, scale, softcap;  // score = softcap · tanh(product · scale) + mask, or product · scale + mask
+  double keep, unseen;            // 1 / (1 - dropout_p), and what stands in for it where no key was seen
+  uint32_t drop_below;            // 0: no dropout
   uint64_t philox_seed;
   const uint64_t* philox_seed_at;  // or null
   void *lse, *maximum, *sum;
@@ -121,9 +121,7 @@ FASTNN_DEVICE C masked(C score, M added) {
 
 // ---- dropout ---------------------------------------------------------------------------------------------------------
 
-FASTNN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
-}
+FASTNN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 // Words of the keys s, s + 8, s + 16 and s + 24, where s / 8 is a multiple of 4.
 FASTNN_DEVICE Vector<uint32_t, 4> philox(uint64_t seed, const AttentionRow& row, int s) {
   uint32_t x0 = static_cast<uint32_t>(s / 32 * 8 + s % 8), x1 = static_cast<uint32_t>(row.query), x2 = row.head, x3 = 0;

@@ -62,8 +62,7 @@ struct AttentionSimtKernel {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int key = k0 + key_of(tx, j);
-        if (key < p.key_length)
-          s[i][j] = masked(s[i][j], reinterpret_cast<const M*>(mask[i])[key * p.mask.col_stride]);
+        if (key < p.key_length) s[i][j] = masked(s[i][j], reinterpret_cast<const M*>(mask[i])[key * p.mask.col_stride]);
       }
   }
 
@@ -131,8 +130,7 @@ struct AttentionSimtKernel {
 #pragma unroll
     for (int i = 0; i < R; ++i) {
 #pragma unroll
-      for (int apart = 8; apart > 0; apart /= 2)
-        state.sum[i] += __shfl_xor_sync(0xffffffffu, state.sum[i], apart);
+      for (int apart = 8; apart > 0; apart /= 2) state.sum[i] += __shfl_xor_sync(0xffffffffu, state.sum[i], apart);
       if (first + i >= p.rows) continue;
       const int64_t number = rows[i].number(p);
       if (col0 == 0 && tx == 0) {
@@ -183,8 +181,8 @@ struct AttentionSimtKernel {
     for (int i = 0; i < kEachQuery; ++i) {
       const int r = (thread + i * kThreads) / kDepth;
       const AttentionRow row = attention_row(p, item, r0 + r);
-      query[i] = r < kRows && r0 + r < p.rows ? queries + p.query.heads(row.head) + row.query * p.query.row_stride
-                                              : nullptr;
+      query[i] =
+          r < kRows && r0 + r < p.rows ? queries + p.query.heads(row.head) + row.query * p.query.row_stride : nullptr;
     }
     const uint64_t seed = philox_seed(p);
     const C c = static_cast<C>(p.factor);
@@ -293,7 +291,7 @@ struct AttentionSimtKernel {
 };
 
 template <class T, int TILE>
-__global__ void __launch_bounds__(kAttentionSimtThreads, 2)
+__global__ void __launch_bounds__(kAttentionSimtThreads)
     attention_simt_kernel(__grid_constant__ const AttentionForward p) {
   AttentionSimtKernel<T, TILE>::run(p);
 }

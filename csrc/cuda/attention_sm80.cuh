@@ -38,6 +38,22 @@ struct AttentionMmaKernel {
   static constexpr int kQueryBytes = tile.rows * tile.width * 2, kSlotBytes = tile.keys * tile.width * 2;
   static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0);
 
+  // A tile lies as panels of 64 features, the last of 64 or 32. In bytes: where chunk c + more of row r lies, both of the
+  // same panel.
+  template <int ROWS>
+  static FASTNN_DEVICE int place(int r, int c, int more = 0) {
+    const int panel = c / 8, at = panel * ROWS * 128;
+    if (kChunks % 8 == 0 || panel < kChunks / 8) return at + 16 * swizzled<8>(r, c % 8 + more);
+    return at + 16 * swizzled<4>(r, c % 8 + more);
+  }
+  template <int ROWS>
+  static FASTNN_DEVICE void copy_panels(unsigned char* to, const RowMatrix& matrix, int64_t row) {
+#pragma unroll
+    for (int c = 0; c + 8 <= kChunks; c += 8) copy_tile<ROWS, 8, kThreads>(to + c / 8 * ROWS * 128, matrix, row, 8 * c);
+    if constexpr (kChunks % 8 == 4)
+      copy_tile<ROWS, 4, kThreads>(to + kChunks / 8 * ROWS * 128, matrix, row, kChunks / 8 * 64);
+  }
+
   struct State {
     float out[kFragmentsM][kFragmentsO][4] = {};
     float top[kFragmentsM][2], sum[kFragmentsM][2] = {};  // of rows g and g + 8; sums of this thread's columns
@@ -61,7 +77,7 @@ struct AttentionMmaKernel {
     const uint16_t* const data = static_cast<const uint16_t*>(p.query.data);
     if (p.heads_of_item == 1 && p.query.col_stride == 1) {
       const RowMatrix matrix = {data + p.query.heads(item), p.query.row_stride, p.rows, p.head_dim, p.query.width};
-      return copy_tile<tile.rows, kChunks, kThreads>(to, matrix, r0, 0);
+      return copy_panels<tile.rows>(to, matrix, r0);
     }
 #pragma unroll 1
     for (int index = static_cast<int>(threadIdx.x); index < tile.rows * kChunks; index += kThreads) {
@@ -69,36 +85,36 @@ struct AttentionMmaKernel {
       const int count = r0 + r < p.rows ? cut(p.head_dim - 8 * c, 0, 8) : 0;
       const AttentionRow row = attention_row(p, item, r0 + r);
       const uint16_t* const from = data + p.query.heads(row.head) + row.query * p.query.row_stride;
-      copy_gathered(to + 16 * swizzled<kChunks>(r, c), from + 8 * c * p.query.col_stride, p.query.col_stride, count);
+      copy_gathered(to + place<tile.rows>(r, c), from + 8 * c * p.query.col_stride, p.query.col_stride, count);
     }
   }
 
   // Positions first .. first + keys of key or value.
   static FASTNN_DEVICE void copy_positions(unsigned char* to, const RowMatrix& matrix, int64_t col_stride, int first) {
-    if (col_stride == 1) return copy_tile<tile.keys, kChunks, kThreads>(to, matrix, first, 0);
+    if (col_stride == 1) return copy_panels<tile.keys>(to, matrix, first);
 #pragma unroll 1
     for (int index = static_cast<int>(threadIdx.x); index < tile.keys * kChunks; index += kThreads) {
       const int r = index / kChunks, c = index % kChunks;
       const int count = first + r < matrix.rows ? cut(static_cast<int>(matrix.cols) - 8 * c, 0, 8) : 0;
-      copy_gathered(to + 16 * swizzled<kChunks>(r, c), matrix.data + (first + r) * matrix.ld + 8 * c * col_stride,
-                    col_stride, count);
+      copy_gathered(to + place<tile.keys>(r, c), matrix.data + (first + r) * matrix.ld + 8 * c * col_stride, col_stride,
+                    count);
     }
   }
 
   // ---- products ------------------------------------------------------------------------------------------------------
 
-  static FASTNN_DEVICE void multiply_keys(float (&s)[kFragmentsM][kFragmentsS][4], const unsigned char* query,
-                                          const unsigned char* keys, int lane) {
+  static FASTNN_DEVICE void multiply_keys(float (&s)[kFragmentsM][kFragmentsS][4], const unsigned char* query, int row,
+                                          const unsigned char* keys, int key, int lane) {
 #pragma unroll
     for (int d = 0; d < kChunks; d += 2) {
       uint32_t a[kFragmentsM][4];
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i)
-        ptx::ldmatrix_x4(a[i], query + 16 * swizzled<kChunks>(16 * i + lane % 16, d + lane / 16));
+        ptx::ldmatrix_x4(a[i], query + place<tile.rows>(row + 16 * i + lane % 16, d, lane / 16));
 #pragma unroll
       for (int j = 0; j < kFragmentsS; j += 2) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, keys + 16 * swizzled<kChunks>(8 * j + lane / 16 * 8 + lane % 8, d + lane / 8 % 2));
+        ptx::ldmatrix_x4(b, keys + place<tile.keys>(key + 8 * j + lane / 16 * 8 + lane % 8, d, lane / 8 % 2));
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) {
           ptx::mma_m16n8k16(s[i][j], a[i], {b[0], b[1]}, T{});
@@ -109,7 +125,7 @@ struct AttentionMmaKernel {
   }
 
   static FASTNN_DEVICE void multiply_values(State& state, const float (&s)[kFragmentsM][kFragmentsS][4],
-                                            const unsigned char* values, int lane) {
+                                            const unsigned char* values, int key, int lane) {
 #pragma unroll
     for (int k = 0; k < kFragmentsS; k += 2) {
       uint32_t a[kFragmentsM][4];
@@ -121,7 +137,7 @@ struct AttentionMmaKernel {
 #pragma unroll
       for (int n = 0; n < kFragmentsO; n += 2) {
         uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, values + 16 * swizzled<kChunks>(8 * k + lane % 16, n + lane / 16));
+        ptx::ldmatrix_x4_trans(b, values + place<tile.keys>(key + 8 * k + lane % 16, n, lane / 16));
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) {
           ptx::mma_m16n8k16(state.out[i][n], a[i], {b[0], b[1]}, T{});
@@ -204,20 +220,22 @@ struct AttentionMmaKernel {
 
   // Scores become exponentials below the new maximum of their row; what older keys left shrinks.
   static FASTNN_DEVICE void softmax(State& state, float (&s)[kFragmentsM][kFragmentsS][4], float c) {
+    float alpha[kFragmentsM][2];
+    bool shrinks = false;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float top = state.top[i][half];
 #pragma unroll
-        for (int j = 0; j < kFragmentsS; ++j)
-          top = larger(top, larger(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        for (int j = 0; j < kFragmentsS; ++j) top = larger(top, larger(s[i][j][2 * half], s[i][j][2 * half + 1]));
         top = larger(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = larger(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float safe = safe_top(top), alpha = ptx::exp2_approximate((state.top[i][half] - safe) * c);
-        const float shift = -safe * c;
+        const float safe = safe_top(top), shift = -safe * c;
+        alpha[i][half] = ptx::exp2_approximate((state.top[i][half] - safe) * c);
+        shrinks |= alpha[i][half] != 1.0f;
         state.top[i][half] = top;
-        float sum = state.sum[i][half] * alpha;
+        float sum = state.sum[i][half] * alpha[i][half];
 #pragma unroll
         for (int j = 0; j < kFragmentsS; ++j)
 #pragma unroll
@@ -227,11 +245,14 @@ struct AttentionMmaKernel {
             sum += x;
           }
         state.sum[i][half] = sum;
-#pragma unroll
-        for (int n = 0; n < kFragmentsO; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) state.out[i][n][2 * half + e] *= alpha;
       }
+    if (!__any_sync(0xffffffffu, shrinks)) return;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int n = 0; n < kFragmentsO; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) state.out[i][n][e] *= alpha[i][e / 2];
   }
 
   static FASTNN_DEVICE void drop(const AttentionForward& p, uint64_t seed, float (&s)[kFragmentsM][kFragmentsS][4],
@@ -260,15 +281,15 @@ struct AttentionMmaKernel {
 
   // The warp's rows of the output: through its own rows of the queries' tile, so that 16 bytes are stored at once.
   static FASTNN_DEVICE void store(const AttentionForward& p, State& state, const AttentionRow (&rows)[kFragmentsM][2],
-                                  uint32_t item, int first, unsigned char* staging, int lane) {
-    if (first >= p.rows) return;
+                                  uint32_t item, int r0, int warp_row, unsigned char* staging, int lane) {
+    if (r0 + warp_row >= p.rows) return;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = 16 * i + 8 * half + lane / 4;
+        const int r = warp_row + 16 * i + 8 * half + lane / 4;
         const int64_t number = rows[i][half].number(p);
-        const bool inside = first + r < p.rows;
+        const bool inside = r0 + r < p.rows;
         const float top = state.top[i][half], sum = state.sum[i][half];
         if (p.partial) {
           if (!inside) continue;
@@ -286,19 +307,19 @@ struct AttentionMmaKernel {
           const float inverse = inverse_of(p, sum);
 #pragma unroll
           for (int n = 0; n < kFragmentsO; ++n)
-            ptx::shared_store(staging + 16 * swizzled<kChunks>(r, n) + lane % 4 * 4,
-                              ptx::pack_pair(state.out[i][n][2 * half] * inverse,
-                                             state.out[i][n][2 * half + 1] * inverse, T{}));
+            ptx::shared_store(
+                staging + place<tile.rows>(r, n) + lane % 4 * 4,
+                ptx::pack_pair(state.out[i][n][2 * half] * inverse, state.out[i][n][2 * half + 1] * inverse, T{}));
         }
       }
     if (p.partial) return;
     __syncwarp();
 #pragma unroll 1
     for (int index = lane; index < kWarpRows * kChunks; index += 32) {
-      const int r = index / kChunks, c = index % kChunks, count = cut(p.value_dim - 8 * c, 0, 8);
-      if (first + r >= p.rows || count == 0) continue;
-      const auto values = ptx::shared_load<Vector<T, 8>>(staging + 16 * swizzled<kChunks>(r, c));
-      T* const to = output_row<T>(p, attention_row(p, item, first + r)) + 8 * c;
+      const int r = warp_row + index / kChunks, c = index % kChunks, count = cut(p.value_dim - 8 * c, 0, 8);
+      if (r0 + r >= p.rows || count == 0) continue;
+      const auto values = ptx::shared_load<Vector<T, 8>>(staging + place<tile.rows>(r, c));
+      T* const to = output_row<T>(p, attention_row(p, item, r0 + r)) + 8 * c;
       if (p.output.width == 16 && count == 8) {
         ptx::global_store_16(to, values);
       } else {
@@ -317,7 +338,8 @@ struct AttentionMmaKernel {
     for (int half = 0; half < 2; ++half) {
       const int r = 8 * half + lane / 4;
       if (lane % 4 == 0)
-        ptx::shared_store(shared + (warp * tile.rows + r) * 2, Vector<float, 2>{{state.top[0][half], state.sum[0][half]}});
+        ptx::shared_store(shared + (warp * tile.rows + r) * 2,
+                          Vector<float, 2>{{state.top[0][half], state.sum[0][half]}});
 #pragma unroll
       for (int n = 0; n < kFragmentsO; ++n)
         ptx::shared_store(values + (warp * tile.rows + r) * tile.width + 8 * n + lane % 4 * 2,
@@ -424,7 +446,7 @@ struct AttentionMmaKernel {
       float s[kFragmentsM][kFragmentsS][4] = {};
       const unsigned char* slot = landed();
       if (any) {
-        multiply_keys(s, query + warp_row * kChunks * 16, slot + warp_key * kChunks * 16, lane);
+        multiply_keys(s, query, warp_row, slot, warp_key, lane);
         if constexpr (tile.general) finish_scores(p, s, k0, mask, lane);
         if (k0 < seen.all_begin || k0 + kWarpKeys > seen.all_end) limit_scores(p, s, k0, rows, lane);
         softmax(state, s, c);
@@ -432,7 +454,7 @@ struct AttentionMmaKernel {
           if (p.drop_below) drop(p, seed, s, k0, rows, lane);
       }
       slot = landed();
-      if (any) multiply_values(state, s, slot + warp_key * kChunks * 16, lane);
+      if (any) multiply_values(state, s, slot, warp_key, lane);
     }
     ptx::cp_async_wait<0>();
 
@@ -449,7 +471,7 @@ struct AttentionMmaKernel {
       merge_warps(p, state, item, r0, reinterpret_cast<float*>(ring), warp, lane);
     } else {
       __syncthreads();  // queries were copied by other warps, if no step waited for them
-      store(p, state, rows, item, r0 + warp_row, query + warp_row * kChunks * 16, lane);
+      store(p, state, rows, item, r0, warp_row, query, lane);
     }
   }
 };

@@ -12,10 +12,8 @@ namespace fastnn::cuda {
 
 template <int CHUNKS>
 FASTNN_HOST_DEVICE constexpr int swizzled(int row, int chunk) {
-  static_assert(CHUNKS == 2 || CHUNKS % 4 == 0);
-  // The part of 128 bytes that rows begin at; what a row is longer than a multiple of it.
-  constexpr int part = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
-  constexpr int rows_in_128_bytes = 8 / part, mask = part - 1;
+  static_assert(CHUNKS == 2 || CHUNKS == 4 || CHUNKS % 8 == 0);
+  constexpr int rows_in_128_bytes = CHUNKS >= 8 ? 1 : 8 / CHUNKS, mask = CHUNKS >= 8 ? 7 : CHUNKS - 1;
   return row * CHUNKS + (chunk ^ (row / rows_in_128_bytes & mask));
 }
 

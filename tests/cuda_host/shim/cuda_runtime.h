@@ -104,6 +104,10 @@ T __shfl_xor_sync(unsigned, T value, int mask, const char* file = __builtin_FILE
   fastnn::cuda::host::shuffle(&value, sizeof value, fastnn::cuda::host::lane() ^ mask, file, line);
   return value;
 }
+inline int __any_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  for (int apart = 16; apart > 0; apart /= 2) predicate |= __shfl_xor_sync(mask, predicate, apart, file, line);
+  return predicate;
+}
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {

@@ -1,0 +1,441 @@
+// attention's CUDA kernels on the CPU, each of them against sums in double: every dtype, edge of a tile, layout, mask,
+// window, group, split. Dropped keys are those of the CPU's kernels, by their own code.
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "cpu/isa_baseline.h"
+#include "cpu/attention_scores.inl"
+#include "cpu/isa_end.h"
+
+#include "cuda/attention_launch.h"
+#include "problem.h"
+
+using namespace fastnn;
+using namespace fastnn::cuda;
+
+namespace {
+
+int failures = 0, cases = 0, every = 1, turn = 0;
+
+int pick(std::initializer_list<int> values) { return values.begin()[generator() % values.size()]; }
+bool chance(int percent) { return static_cast<int>(generator() % 100) < percent; }
+
+// [batch, heads, positions, features] by strides: heads inside positions, positions inside heads, features apart, or
+// positions next to each other; `shift` elements off alignment, `gap` elements between rows.
+enum Order { HeadsFirst, PositionsFirst, Apart, Transposed };
+struct Placed {
+  int order = HeadsFirst, gap = 0, shift = 0;
+};
+template <class T>
+struct Operand {
+  Operand(std::array<int64_t, 4> n, const Placed& placed, double (*draw)()) : size(n), buffer(0) {
+    const int64_t row = n[3] * (placed.order == Apart ? 2 : 1) + placed.gap;
+    stride[3] = placed.order == Apart ? 2 : placed.order == Transposed ? n[2] + placed.gap : 1;
+    stride[2] = placed.order == PositionsFirst ? n[1] * row : placed.order == Transposed ? 1 : row;
+    stride[1] = placed.order == PositionsFirst ? row : placed.order == Transposed ? n[3] * stride[3] : n[2] * row;
+    stride[0] = placed.order == PositionsFirst ? n[2] * stride[2] : n[1] * stride[1];
+    int64_t last = placed.shift;
+    for (int i = 0; i < 4; ++i) last += (n[i] - 1) * stride[i];
+    buffer = Buffer<T>(std::min({n[0], n[1], n[2], n[3]}) > 0 ? last + 1 : placed.shift);
+    data = buffer.data.get() + placed.shift;
+    for (int64_t i = 0; i < buffer.size; ++i) buffer.data[i] = make(NAN);
+    for (int64_t b = 0; b < n[0]; ++b)
+      for (int64_t h = 0; h < n[1]; ++h) {
+        offset.push_back(b * stride[0] + h * stride[1]);
+        for (int64_t i = 0; draw && i < n[2]; ++i)
+          for (int64_t e = 0; e < n[3]; ++e) data[offset.back() + i * stride[2] + e * stride[3]] = make(draw());
+      }
+  }
+  static T make(double x) {
+    if constexpr (std::is_same_v<T, uint8_t>)
+      return x > 0 ? static_cast<uint8_t>(generator() % 255 + 1) : 0;
+    else
+      return from_double<T>(x);
+  }
+  double at(int64_t matrix, int64_t i, int64_t e) const {
+    const T x = data[offset[matrix] + i * stride[2] + e * stride[3]];
+    if constexpr (std::is_same_v<T, uint8_t>)
+      return x ? 0 : -INFINITY;
+    else
+      return to_double(x);
+  }
+  AttentionOperand operand() const { return {data, offset.data(), stride[2], stride[3]}; }
+  AttentionResult result() const { return {data, offset.data(), stride[2]}; }
+  std::array<int64_t, 4> size, stride;
+  Buffer<T> buffer;
+  T* data;
+  std::vector<int64_t> offset;
+};
+
+struct Case {
+  AttentionKernel kernel = AttentionKernel::Mma;
+  int tile = 0, splits = 1;
+  bool packed = false, planned = false;  // planned: by the device's own plan
+  int64_t batch = 1, heads = 1, group = 1, L = 1, S = 1, D = 1, V = 1;
+  Placed query = {}, key = {}, value = {}, output = {};
+  AttentionMask mask = AttentionMask::None;
+  int mask_broadcast = 0, mask_order = HeadsFirst, mask_shift = 0;  // bits: of batch, heads, queries, keys
+  int64_t first = -kAttentionNoLimit, last = kAttentionNoLimit;
+  double scale = 0.3, softcap = 0, dropout = 0;
+  bool nan_unseen = false, sums = false, seed_on_device = false;
+
+  std::string text() const {
+    char line[512];
+    std::snprintf(
+        line, sizeof line,
+        "kernel %d tile %d splits %d packed %d | batch %ld heads %ld group %ld L %ld S %ld D %ld V %ld | query "
+        "%d %d %d key %d %d %d value %d %d %d output %d | mask %d broadcast %d order %d shift %d | first %ld "
+        "last %ld scale %g softcap %g dropout %g",
+        static_cast<int>(kernel), tile, splits, packed, batch, heads, group, L, S, D, V, query.order, query.gap,
+        query.shift, key.order, key.gap, key.shift, value.order, value.gap, value.shift, output.order,
+        static_cast<int>(mask), mask_broadcast, mask_order, mask_shift, first, last, scale, softcap, dropout);
+    return line;
+  }
+};
+
+double mask_draw() { return chance(20) ? -INFINITY : normal(); }
+double bool_draw() { return chance(70); }
+
+template <class T, class M>
+void check_with_mask(const Case& c, double (*draw_mask)()) {
+  using C = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  if (turn++ % every) return;
+  ++cases;
+  const int64_t heads = c.batch * c.heads, kv = c.heads / c.group;
+  const Operand<T> query({c.batch, c.heads, c.L, c.D}, c.query, normal), key({c.batch, kv, c.S, c.D}, c.key, normal);
+  const Operand<T> value({c.batch, kv, c.S, c.V}, c.value, normal);
+  const Operand<T> output({c.batch, c.heads, c.L, c.V}, c.output, nullptr);
+  const auto kept = [&](int bit, int64_t n) { return c.mask_broadcast >> bit & 1 ? std::min<int64_t>(n, 1) : n; };
+  Operand<M> mask({kept(0, c.batch), kept(1, c.heads), kept(2, c.L), kept(3, c.S)}, {c.mask_order, 0, c.mask_shift},
+                  c.mask == AttentionMask::None ? nullptr : draw_mask);
+  std::vector<int64_t> mask_at;
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t b = c.mask_broadcast & 1 ? 0 : h / c.heads, own = c.mask_broadcast & 2 ? 0 : h % c.heads;
+    mask_at.push_back(b * mask.stride[0] + own * mask.stride[1]);
+  }
+  if (c.mask_broadcast & 4) mask.stride[2] = 0;
+  if (c.mask_broadcast & 8) mask.stride[3] = 0;
+  mask.offset = mask_at;
+  Buffer<C> lse(heads * c.L), tops(heads * c.L), sums(heads * c.L);
+  std::fill_n(lse.data.get(), lse.size, C(77));
+
+  AttentionParams p = {};
+  p.dtype = dtype_of<T>, p.heads = heads, p.group = c.group;
+  p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = c.V;
+  p.query = query.operand(), p.key = key.operand(), p.value = value.operand(), p.output = output.result();
+  p.mask_type = c.mask;
+  if (c.mask != AttentionMask::None) p.mask = mask.operand();
+  p.scale = c.scale, p.softcap = c.softcap, p.dropout_p = c.dropout;
+  p.philox_seed = 0x123456789abcdef0u + cases;
+  p.first_shift = c.first, p.last_shift = c.last, p.nan_unseen = c.nan_unseen;
+  p.lse = lse.data.get();
+  if (c.sums) p.maximum = tops.data.get(), p.sum = sums.data.get();
+  const auto complain = [&](const std::string& what) {
+    if (++failures <= 20)
+      std::printf("FAILED %s: dtype %d %s\n", what.c_str(), static_cast<int>(p.dtype), c.text().c_str());
+  };
+
+  const AttentionProblem problem = attention_problem(p);
+  const int64_t together = c.packed ? c.group : 1;
+  const AttentionPlan plan =
+      c.planned ? attention_forward_plan(p)
+                : attention_split({c.kernel, c.tile, static_cast<int>(together), 1, 1, 0}, problem, c.splits);
+  Buffer<char> workspace(c.planned ? attention_forward_workspace(p) : attention_partial_bytes(problem, plan.splits));
+  std::fill_n(workspace.data.get(), workspace.size, '\xff');
+  const int64_t on_device = static_cast<int64_t>(p.philox_seed);
+  AttentionParams given = p;
+  if (c.seed_on_device) given.philox_seed = 1;
+  const int64_t* const seed = c.seed_on_device ? &on_device : nullptr;
+  const Workspace memory = {workspace.data.get(), workspace.size};
+  const Status status = c.planned ? attention_forward(given, seed, memory, nullptr)
+                                  : attention_forward_planned(given, plan, seed, memory, nullptr);
+  if (!status.ok()) return complain(status.message);
+
+  const double unit = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24, rounding = sizeof(T) == 2 ? epsilon<T> : 0;
+  std::vector<double> s(c.S), weight(c.S);
+  const double keep = c.dropout >= 1 ? 0 : 1 / (1 - c.dropout);
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t l = 0; l < c.L; ++l) {
+      const int64_t g = h / c.group;
+      double top = -INFINITY, sum = 0, wrong = 0;
+      for (int64_t k = 0; k < c.S; ++k) {
+        double x = 0, size = 0;
+        for (int64_t e = 0; e < c.D; ++e) {
+          const double product = query.at(h, l, e) * key.at(g, k, e);
+          x += product, size += std::fabs(product);
+        }
+        if (c.D > 0) x *= c.scale, size *= std::fabs(c.scale);
+        if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
+        double added = 0;
+        if (c.mask != AttentionMask::None) added = mask.at(h, l, k);
+        x += added;
+        if (k < l + c.first || k > l + c.last) x = -INFINITY;
+        s[k] = x;
+        if (x > -INFINITY)
+          wrong = std::max(
+              wrong, unit * (size * (2 + std::sqrt(1.0 * c.D)) + 8 * std::fabs(x) + std::fabs(added) + 16 * c.softcap));
+        top = std::max(top, x);
+      }
+      for (int64_t k = 0; k < c.S; ++k) sum += weight[k] = top > -INFINITY ? std::exp(s[k] - top) : 0;
+      const int64_t at = h * c.L + l;
+      const double unseen = c.nan_unseen && c.S > 0 ? NAN : 0;
+      const double want_lse = sum > 0 ? top + std::log(sum) : c.nan_unseen && c.S > 0 ? NAN : -INFINITY;
+      const double got_lse = lse.data[at];
+      const bool same = got_lse == want_lse || (std::isnan(got_lse) && std::isnan(want_lse));
+      if (!same &&
+          !(std::fabs(got_lse - want_lse) <= 2 * wrong + 8 * unit * (2 + std::fabs(want_lse) + std::sqrt(1.0 * c.S))))
+        return complain("lse " + std::to_string(got_lse) + " for " + std::to_string(want_lse));
+      if (c.sums) {  // the largest score before the factor that is kept back, and its sum
+        const bool bare = c.mask == AttentionMask::None && c.softcap == 0 && c.scale > 0;
+        const double factor = bare ? c.scale : 1, again = tops.data[at] * factor + std::log(sums.data[at]);
+        if (sum > 0 &&
+            !(std::fabs(again - want_lse) <= 4 * wrong + 16 * unit * (2 + std::fabs(want_lse) + std::sqrt(1.0 * c.S))))
+          return complain("maximum and sum");
+        if (sum == 0 && !(sums.data[at] == 0 && std::isinf(tops.data[at]))) return complain("sums of an unseen row");
+      }
+      if (c.dropout > 0) {
+        const cpu::baseline::Row row = {h, l};
+        std::vector<double> kept_weight(c.S);
+        cpu::baseline::drop<double>(p, row, 0, c.S, weight.data(), kept_weight.data());
+        weight = kept_weight;
+      }
+      for (int64_t n = 0; n < c.V; ++n) {
+        double want = sum > 0 ? 0 : unseen, size = 0, all = 0;
+        for (int64_t k = 0; k < c.S && sum > 0; ++k) {
+          const double v = value.at(g, k, n), product = weight[k] / sum * keep * v;
+          want += product, size += std::fabs(product), all += std::fabs(v) / sum * keep;
+        }
+        const double got = output.at(h, l, n);
+        const double allowed = size * (3 * wrong + rounding + 16 * unit + 2 * unit * std::sqrt(1.0 * c.S)) +
+                               (sizeof(T) == 2 ? all * 0x1p-25 : 0) + rounding * std::fabs(want) +
+                               (sizeof(T) == 2 ? 0x1p-25 : 0);
+        const bool equal = got == want || (std::isnan(got) && std::isnan(want));
+        if (!equal && !(std::fabs(got - want) <= allowed))
+          return complain("output " + std::to_string(got) + " for " + std::to_string(want) + ", allowed " +
+                          std::to_string(allowed) + " at " + std::to_string(h) + " " + std::to_string(l) + " " +
+                          std::to_string(n));
+      }
+    }
+}
+
+template <class T>
+void check(const Case& c) {
+  switch (c.mask) {
+    case AttentionMask::Bool: return check_with_mask<T, uint8_t>(c, bool_draw);
+    case AttentionMask::Float32: return check_with_mask<T, float>(c, mask_draw);
+    default: return check_with_mask<T, T>(c, mask_draw);
+  }
+}
+
+// ---- cases -----------------------------------------------------------------------------------------------------------
+
+Placed random_placed() {
+  if (chance(40)) return {};
+  return {pick({HeadsFirst, PositionsFirst, PositionsFirst, Apart, Transposed}), pick({0, 0, 1, 2, 4, 8}),
+          pick({0, 0, 1, 2, 4})};
+}
+void random_window(Case& c) {
+  if (chance(40)) return;
+  const int64_t shift = chance(50) ? c.S - c.L : 0;
+  if (chance(60)) c.last = shift + pick({0, 0, 1, 5, 40, -3, -70});
+  if (chance(50)) c.first = shift - pick({0, 1, 7, 33, 100, -2});
+}
+void random_general(Case& c) {
+  c.mask = static_cast<AttentionMask>(pick({0, 1, 2, 3}));
+  c.mask_broadcast = static_cast<int>(generator() % 16),
+  c.mask_order = pick({HeadsFirst, PositionsFirst, Apart, Transposed});
+  c.mask_shift = pick({0, 0, 1, 2});
+  if (chance(30)) c.softcap = pick({1, 5, 50});
+  if (chance(30)) c.dropout = pick({1, 5, 9, 10}) / 10.0;
+  if (chance(20)) c.scale = pick({-1, 0, 2}) * 0.25;
+  c.seed_on_device = chance(50);
+}
+void random_rest(Case& c) {
+  c.query = random_placed(), c.key = random_placed(), c.value = random_placed();
+  c.output = random_placed();
+  if (c.output.order >= Apart) c.output.order = PositionsFirst;
+  random_window(c);
+  c.nan_unseen = chance(50), c.sums = chance(50);
+}
+
+template <class T>
+void check_mma(int tile, int count) {
+  const AttentionTile& t = kAttentionTiles[tile];
+  const int w = t.width, narrower = w == 32 ? 0 : w <= 128 && w != 64 && !t.general ? w - 32 : w / 2;
+  Case c;
+  c.tile = tile;
+  // Edges: rows, keys and features around the tile, one at a time.
+  for (const int L : {1, 15, 16, 17, t.rows - 1, t.rows, t.rows + 1})
+    for (const int S : {0, 1, t.keys - 1, t.keys, t.keys + 1, 3 * t.keys - 5}) {
+      if (L > 17 && S > t.keys + 1 && every > 1) continue;
+      c.L = L, c.S = S, c.D = w, c.V = w, c.last = L % 2 ? kAttentionNoLimit : S - L;
+      check<T>(c);
+    }
+  for (int D = narrower + 1; D <= w; D += w > 96 ? 13 : 5)
+    c.L = 18, c.S = 2 * t.keys + 3, c.D = D, c.V = w - (D - narrower - 1), c.last = 0, check<T>(c);
+  c.D = 0, c.V = 1, check<T>(c), c.D = 1, c.V = 0, check<T>(c);
+  for (int i = 0; i < count; ++i) {
+    Case r;
+    r.tile = tile;
+    r.batch = pick({1, 1, 2}), r.group = pick({1, 2, 3}), r.heads = r.group * pick({1, 2});
+    r.L = pick({1, 2, 5, 7, 16, 31, 64, 67, 129}), r.S = pick({0, 1, 3, 17, 64, 65, 100, 131, 200});
+    r.D = pick({1, 3, w / 2, w - 8, w - 1, w, w}), r.V = pick({1, 5, w / 2, w - 8, w - 1, w, w});
+    if (t.rows == 16 || chance(30)) r.packed = true, r.L = pick({1, 1, 2, 3, 8, 19});
+    r.splits = pick({1, 1, 2, 3});
+    random_rest(r);
+    if (t.general) random_general(r);
+    check<T>(r);
+  }
+}
+
+template <class T>
+void check_simt(int tile, int count) {
+  Case c;
+  c.kernel = AttentionKernel::Simt, c.tile = tile;
+  const int rows = kAttentionSimtRows[tile];
+  for (const int L : {1, 3, rows - 1, rows, rows + 1})
+    for (const int S : {0, 1, 63, 64, 65, 131}) c.L = L, c.S = S, c.D = 9, c.V = 7, check<T>(c);
+  for (const int D : {0, 1, 7, 8, 9, 16, 17, 300}) c.L = 5, c.S = 70, c.D = D, c.V = 65, check<T>(c);
+  for (const int V : {0, 1, 63, 64, 65, 127, 128, 129, 300}) c.D = 8, c.V = V, check<T>(c);
+  for (int i = 0; i < count; ++i) {
+    Case r;
+    r.kernel = AttentionKernel::Simt, r.tile = tile;
+    r.batch = pick({1, 1, 2}), r.group = pick({1, 2, 3}), r.heads = r.group * pick({1, 2});
+    r.L = pick({1, 2, 5, 16, 31, 64, 67}), r.S = pick({0, 1, 3, 17, 64, 65, 100, 131, 200});
+    r.D = pick({1, 3, 8, 17, 32, 64}), r.V = pick({1, 5, 16, 64, 67});
+    if (chance(30)) r.packed = true, r.L = pick({1, 1, 2, 3, 8, 19});
+    r.splits = pick({1, 1, 2, 3});
+    random_rest(r), random_general(r);
+    check<T>(r);
+  }
+}
+
+// What the dispatcher itself chooses, on several chips.
+template <class T>
+void check_dispatch() {
+  for (const int capability : {75, 80, 86, 90})
+    for (int i = 0; i < 12; ++i) {
+      host::machine.capability = capability, host::machine.multiprocessors = pick({1, 4, 20});
+      host::machine.shared_bytes = capability == 75   ? 65536
+                                   : capability == 80 ? 166912
+                                   : capability == 90 ? 232448
+                                                      : 101376;
+      if (capability < 80 && std::is_same_v<T, Float16>)
+        continue;  // the kernel text is that of sm_80: more shared memory
+      Case r;
+      r.planned = true;
+      r.batch = pick({1, 2}), r.group = pick({1, 2, 8}), r.heads = r.group * pick({1, 2});
+      r.L = pick({1, 1, 2, 8, 9, 40}), r.S = pick({0, 5, 64, 300, 1100});
+      r.D = pick({8, 40, 64, 80, 128, 200, 257}), r.V = chance(70) ? r.D : pick({16, 64, 129});
+      if (r.L * r.S * r.D * r.heads > 200000) r.batch = 1, r.heads = r.group, r.S = std::min<int64_t>(r.S, 300);
+      random_rest(r);
+      if (chance(50)) random_general(r);
+      check<T>(r);
+    }
+  host::machine = {};
+}
+
+void expect_message(const Status& status, const char* words) {
+  ++cases;
+  if (status.ok() || status.message.find(words) == std::string::npos)
+    ++failures, std::printf("FAILED: '%s' is not said but '%s'\n", words, status.message.c_str());
+}
+void check_errors() {
+  AttentionParams p = {};
+  float memory[64] = {};
+  std::vector<int64_t> at(100);
+  p.dtype = DType::Float32, p.heads = 1, p.group = 1, p.query_length = 1, p.key_length = 1000,
+  p.head_dim = p.value_dim = 1;
+  p.query = p.key = p.value = {memory, at.data(), 0, 1}, p.output = {memory, at.data(), 1};
+  p.scale = 1, p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
+  const AttentionPlan split = attention_split({AttentionKernel::Simt, 1, 1, 1, 1, 0}, attention_problem(p), 2);
+  expect_message(
+      attention_forward_planned(p, split, nullptr, {}, nullptr),
+      "attention heads=1 group=1 queries=1 keys=1000 head_dim=1 value_dim=1 bytes=4 tile=1 splits=2: a workspace "
+      "that is too small");
+  expect_message(attention_forward_planned(p, {AttentionKernel::Mma, 0, 1, 1, 1000, 0}, nullptr, {}, nullptr),
+                 "a tile that does not fit");
+  p.heads = 7, p.key_length = 3;
+  const int64_t odd[] = {0, 1, 3, 4, 8, 9, 27};
+  p.query.offset = odd;
+  expect_message(attention_forward(p, nullptr, {}, nullptr), "leading dimensions that six strides cannot tell");
+  p.query.offset = at.data(), p.key_length = int64_t{1} << 31;
+  expect_message(attention_forward(p, nullptr, {}, nullptr), "a dimension above 2^30");
+}
+
+// Leading dimensions of any number and broadcast, told by the list alone.
+void check_leading() {
+  for (const std::vector<std::array<int64_t, 2>>& dims :
+       std::vector<std::vector<std::array<int64_t, 2>>>{{{3, 4}},
+                                                        {{2, 0}, {3, 4}},
+                                                        {{2, 40}, {3, 0}, {2, 4}},
+                                                        {{2, 8}, {2, 16}, {3, 4}},
+                                                        {{5, 0}, {1, 7}, {2, 4}, {3, 8}},
+                                                        {{2, 100}, {2, 4}, {2, 70}, {2, 8}, {2, 33}, {2, 1}}}) {
+    std::vector<int64_t> at = {0};
+    for (const auto& [size, stride] : dims) {
+      std::vector<int64_t> next;
+      for (const int64_t base : at)
+        for (int64_t i = 0; i < size; ++i) next.push_back(base + i * stride);
+      at = next;
+    }
+    const int64_t heads = static_cast<int64_t>(at.size());
+    std::vector<float> values(400), output(heads, NAN);
+    for (float& v : values) v = static_cast<float>(normal());
+    std::vector<int64_t> out(heads), zero(heads);
+    for (int64_t h = 0; h < heads; ++h) out[h] = h;
+    AttentionParams p = {};
+    p.dtype = DType::Float32, p.heads = heads, p.group = 1,
+    p.query_length = p.key_length = p.head_dim = p.value_dim = 1;
+    p.query = p.key = {values.data(), zero.data(), 1, 1}, p.value = {values.data(), at.data(), 1, 1};
+    p.output = {output.data(), out.data(), 1};
+    p.scale = 1, p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
+    ++cases;
+    const Status status = attention_forward(p, nullptr, {}, nullptr);
+    bool right = status.ok();
+    for (int64_t h = 0; h < heads; ++h) right &= output[h] == values[at[h]];  // one key: its value
+    if (!right) ++failures, std::printf("FAILED leading dimensions: %s\n", status.message.c_str());
+  }
+}
+
+}  // namespace
+
+// attention_test [every [part]]
+int main(int argc, char** argv) {
+  every = argc > 1 ? std::atoi(argv[1]) : 1;
+  const std::string only = argc > 2 ? argv[2] : "";
+  const auto part = [&](const char* name, const auto& run) {
+    if (!only.empty() && only != name) return;
+    const int before = cases;
+    run();
+    std::printf("attention %s: %d cases\n", name, cases - before);
+    std::fflush(stdout);
+  };
+  part("leading", check_leading);
+  part("errors", check_errors);
+  part("simt", [] {
+    for (const int tile : {0, 1})
+      check_simt<float>(tile, 40), check_simt<double>(tile, 40), check_simt<Float16>(tile, 15),
+          check_simt<BFloat16>(tile, 15);
+  });
+  part("mma", [] {
+    for (int tile = 0; tile < kAttentionTileCount; ++tile) check_mma<Float16>(tile, 25), check_mma<BFloat16>(tile, 15);
+  });
+  part("orders", [] {
+    for (const auto order : {host::Machine::Backward, host::Machine::Shuffled}) {
+      host::machine.order = order;
+      for (const int tile : {1, 6, 9}) check_mma<Float16>(tile, 2);
+      check_simt<float>(0, 2);
+    }
+    host::machine = {};
+  });
+  part("dispatch", [] {
+    check_dispatch<float>(), check_dispatch<double>(), check_dispatch<Float16>(), check_dispatch<BFloat16>();
+  });
+  std::printf("attention: %d cases, %d failed\n", cases, failures);
+  std::fflush(stdout);
+  return failures != 0;
+}
