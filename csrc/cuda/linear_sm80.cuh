@@ -8,7 +8,7 @@
 // share of K and leaves its sums in memory for linear_reduce_kernel, which adds them in their order.
 //
 // Bound by the tensor cores for large K, by the stores for small. On sm_75 the copies are plain loads and stores and an
-// m16n8k16 is two m16n8k8. No figure: not yet measured on a GPU.
+// m16n8k16 is two m16n8k8; its 64 KiB of shared memory hold one block of the large tile. No figure: not yet measured on a GPU.
 // Source: the multistage pipeline and the swizzle are those of CUTLASS's description of sm_80 (its code was not used).
 #pragma once
 
@@ -133,7 +133,8 @@ struct LinearMmaKernel {
 };
 
 template <class T, int TILE, bool A_ALONG_K, bool B_ALONG_K>
-__global__ void __launch_bounds__(kMmaTiles[TILE].threads, 2) linear_mma_kernel(__grid_constant__ const LinearMma p) {
+__global__ void __launch_bounds__(kMmaTiles[TILE].threads, kArch >= 800 ? 2 : 1)
+    linear_mma_kernel(__grid_constant__ const LinearMma p) {
   LinearMmaKernel<T, TILE, A_ALONG_K, B_ALONG_K>::run(p);
 }
 
