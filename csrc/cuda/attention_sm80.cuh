@@ -59,6 +59,12 @@ struct AttentionMmaKernel {
     float top[kFragmentsM][2], sum[kFragmentsM][2] = {};  // of rows g and g + 8; sums of this thread's columns
   };
 
+  // The row of this lane's fragment. It is worked out wherever it is asked for: registers are what is short.
+  static FASTNN_DEVICE AttentionRow row_of(const AttentionForward& p, uint32_t item, int first, int i, int half,
+                                           int lane) {
+    return attention_row(p, item, first + 16 * i + 8 * half + lane / 4);
+  }
+
   // ---- to shared memory ----------------------------------------------------------------------------------------------
 
   // 16 bytes of a row that lies in any way, or zeros.
@@ -201,12 +207,12 @@ struct AttentionMmaKernel {
   }
 
   static FASTNN_DEVICE void limit_scores(const AttentionForward& p, float (&s)[kFragmentsM][kFragmentsS][4], int k0,
-                                         const AttentionRow (&rows)[kFragmentsM][2], int lane) {
+                                         uint32_t item, int first, int lane) {
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = rows[i][half].query, begin = query + p.first_shift;
+        const int query = row_of(p, item, first, i, half, lane).query, begin = query + p.first_shift;
         const int last = query + p.last_shift, end = last < p.key_length ? last + 1 : p.key_length;
 #pragma unroll
         for (int j = 0; j < kFragmentsS; ++j)
@@ -256,7 +262,7 @@ struct AttentionMmaKernel {
   }
 
   static FASTNN_DEVICE void drop(const AttentionForward& p, uint64_t seed, float (&s)[kFragmentsM][kFragmentsS][4],
-                                 int k0, const AttentionRow (&rows)[kFragmentsM][2], int lane) {
+                                 int k0, uint32_t item, int first, int lane) {
     constexpr int kGroup = kFragmentsS < 4 ? kFragmentsS : 4;  // fragments that one Philox serves
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i)
@@ -267,7 +273,7 @@ struct AttentionMmaKernel {
 #pragma unroll
           for (int j = 0; j < kFragmentsS; j += kGroup) {
             const int key = k0 + 8 * j + lane % 4 * 2 + e;
-            const auto words = philox(seed, rows[i][half], key / 32 * 32 + key % 8);
+            const auto words = philox(seed, row_of(p, item, first, i, half, lane), key / 32 * 32 + key % 8);
             const bool upper = kGroup < 4 && key % 32 >= 16;
 #pragma unroll
             for (int w = 0; w < kGroup; ++w) {
@@ -280,15 +286,15 @@ struct AttentionMmaKernel {
   // ---- the end -------------------------------------------------------------------------------------------------------
 
   // The warp's rows of the output: through its own rows of the queries' tile, so that 16 bytes are stored at once.
-  static FASTNN_DEVICE void store(const AttentionForward& p, State& state, const AttentionRow (&rows)[kFragmentsM][2],
-                                  uint32_t item, int r0, int warp_row, unsigned char* staging, int lane) {
+  static FASTNN_DEVICE void store(const AttentionForward& p, State& state, uint32_t item, int r0, int warp_row,
+                                  unsigned char* staging, int lane) {
     if (r0 + warp_row >= p.rows) return;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = warp_row + 16 * i + 8 * half + lane / 4;
-        const int64_t number = rows[i][half].number(p);
+        const int64_t number = row_of(p, item, r0 + warp_row, i, half, lane).number(p);
         const bool inside = r0 + r < p.rows;
         const float top = state.top[i][half], sum = state.sum[i][half];
         if (p.partial) {
@@ -399,61 +405,55 @@ struct AttentionMmaKernel {
     const TileRange tiles = visible_tiles(p, visible_keys(p, r0, r0 + tile.rows), tile.keys);
     const KeyRange seen = visible_keys(p, r0 + warp_row, r0 + warp_row + kWarpRows);
 
-    AttentionRow rows[kFragmentsM][2];
     const unsigned char* mask[kFragmentsM][2] = {};
     State state;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        rows[i][half] = attention_row(p, item, r0 + warp_row + 16 * i + 8 * half + lane / 4);
-        if constexpr (tile.general) mask[i][half] = mask_row<T>(p, rows[i][half]);
+        if constexpr (tile.general) mask[i][half] = mask_row<T>(p, row_of(p, item, r0 + warp_row, i, half, lane));
         state.top[i][half] = kMinusInfinity<float>;
       }
     uint64_t seed = 0;
     if constexpr (tile.general) seed = philox_seed(p);
     const float c = static_cast<float>(p.factor);
 
-    int next = 2 * tiles.begin, into = 0;  // what is loaded next, keys and values of each step in turn, and its slot
-    const auto load = [&] {
-      if (next < 2 * tiles.end) {
-        unsigned char* const slot = ring + into * kSlotBytes;
-        if (next % 2 == 0)
-          copy_positions(slot, keys, p.key.col_stride, next / 2 * tile.keys);
+    // Keys and values of each step in turn: piece 2 step, piece 2 step + 1.
+    const auto load = [&](int piece) {
+      if (piece < 2 * tiles.end) {
+        unsigned char* const slot = ring + piece % kSlots * kSlotBytes;
+        if (piece % 2 == 0)
+          copy_positions(slot, keys, p.key.col_stride, piece / 2 * tile.keys);
         else
-          copy_positions(slot, values, p.value.col_stride, next / 2 * tile.keys);
+          copy_positions(slot, values, p.value.col_stride, piece / 2 * tile.keys);
       }
       ptx::cp_async_commit();  // an empty group at the end, so that the count of groups stays in step
-      ++next, into = into + 1 == kSlots ? 0 : into + 1;
     };
-    int from = 0;
-    const auto landed = [&] {
+    const auto landed = [&](int piece) {
       ptx::cp_async_wait<kSlots - 2>();
-      __syncthreads();  // the tile is there for all, and all have read the one that the next load replaces
-      load();
-      const unsigned char* const slot = ring + from * kSlotBytes;
-      from = from + 1 == kSlots ? 0 : from + 1;
-      return slot;
+      __syncthreads();  // the piece is there for all, and all have read the one that the next load replaces
+      load(piece + kSlots - 1);
+      return ring + piece % kSlots * kSlotBytes;
     };
 
     copy_queries(query, p, item, r0);
 #pragma unroll
-    for (int i = 0; i < kSlots - 1; ++i) load();
+    for (int i = 0; i < kSlots - 1; ++i) load(2 * tiles.begin + i);
 #pragma unroll 1
     for (int step = tiles.begin; step < tiles.end; ++step) {
       const int k0 = step * tile.keys + warp_key;
       const bool any = k0 < seen.end && k0 + kWarpKeys > seen.begin;
       float s[kFragmentsM][kFragmentsS][4] = {};
-      const unsigned char* slot = landed();
+      const unsigned char* slot = landed(2 * step);
       if (any) {
         multiply_keys(s, query, warp_row, slot, warp_key, lane);
         if constexpr (tile.general) finish_scores(p, s, k0, mask, lane);
-        if (k0 < seen.all_begin || k0 + kWarpKeys > seen.all_end) limit_scores(p, s, k0, rows, lane);
+        if (k0 < seen.all_begin || k0 + kWarpKeys > seen.all_end) limit_scores(p, s, k0, item, r0 + warp_row, lane);
         softmax(state, s, c);
         if constexpr (tile.general)
-          if (p.drop_below) drop(p, seed, s, k0, rows, lane);
+          if (p.drop_below) drop(p, seed, s, k0, item, r0 + warp_row, lane);
       }
-      slot = landed();
+      slot = landed(2 * step + 1);
       if (any) multiply_values(state, s, slot, warp_key, lane);
     }
     ptx::cp_async_wait<0>();
@@ -471,7 +471,7 @@ struct AttentionMmaKernel {
       merge_warps(p, state, item, r0, reinterpret_cast<float*>(ring), warp, lane);
     } else {
       __syncthreads();  // queries were copied by other warps, if no step waited for them
-      store(p, state, rows, item, r0, warp_row, query, lane);
+      store(p, state, item, r0, warp_row, query, lane);
     }
   }
 };
