@@ -24,6 +24,14 @@ MEANT = [
     ("linear_gemv_mma_kernel", 80, ["HMMA.16816.F32", "LDG.E.128"]),
     ("linear_gemv_fma_kernel", 75, ["LDG.E.128"]),
     ("linear_grad_kernel", 75, ["LDG.E.128", "STG.E.128"]),
+    ("attention_mma_kernel", 75, ["HMMA.1688.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"]),
+    (
+        "attention_mma_kernel",
+        80,
+        ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
+    ),
+    ("attention_simt_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
+    ("attention_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
 ]
 NEVER = ("LDL", "STL")
 # bfloat16 has no matrix instruction on sm_75; its kernels are compiled there but never chosen.
@@ -68,7 +76,8 @@ def instructions(arch: int, kernels: dict[str, Counter]) -> list[str]:
             if first == newest:
                 wrong += [f"{name}: no {op}" for op in meant if not any(has.startswith(op) for has in found)]
     for part, first, _ in MEANT:
-        if first <= arch and not any(part in name for name in kernels) and any("linear" in name for name in kernels):
+        op = part.split("_")[0]
+        if first <= arch and not any(part in name for name in kernels) and any(op in name for name in kernels):
             wrong.append(f"no kernel is named {part}: the gate watches nothing")
     return wrong
 

@@ -223,6 +223,15 @@ void conversions() {
   expect(host::float_to_half(2049.0f) == host::float_to_half(2048.0f), "ties go to even");
   expect(host::float_to_half(2051.0f) == host::float_to_half(2052.0f), "ties go to even");
   expect(host::float_to_half(65519.0f) == 0x7bff && host::float_to_half(65520.0f) == 0x7c00, "half's largest");
+  expect(ptx::pack_pair(1.0f, 2.0f, Float16{}) == 0x40003c00 && ptx::pack_pair(1.0f, 2.0f, BFloat16{}) == 0x40003f80,
+         "the first of a pair lies low");
+  expect(ptx::exp2_approximate(-3.0f) == 0.125f && ptx::exp2_approximate(-INFINITY) == 0.0f &&
+             ptx::exp2_approximate(-127.0f) == 0.0f,
+         "powers of two, subnormal ones flushed");
+  static int seen;
+  seen = 0;
+  run([] { seen += __any_sync(0xffffffffu, thread() == 37); });
+  expect(seen == 32, "a vote is a warp's");
 }
 
 }  // namespace

@@ -1,0 +1,111 @@
+// attention's index maths and plans, exhaustively: where chunks of tiles lie, the ring's size, which kernel and how many
+// splits.
+#include <cstdio>
+#include <set>
+
+#include "cuda/attention_simt.cuh"
+#include "cuda/attention_sm80.cuh"
+
+using namespace fastnn;
+using namespace fastnn::cuda;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what) {
+  if (!condition && ++failures <= 20) std::printf("FAILED attention plan: %s\n", what);
+}
+
+// Chunks of a tile of keys lie in distinct places, and the chunks of eight rows that ldmatrix reads differ modulo 8.
+template <int TILE>
+void check_places() {
+  using Kernel = AttentionMmaKernel<Float16, TILE>;
+  constexpr AttentionTile t = kAttentionTiles[TILE];
+  std::set<int> places;
+  for (int r = 0; r < t.keys; ++r)
+    for (int c = 0; c < Kernel::kChunks; ++c) {
+      const int place = Kernel::template place<t.keys>(r, c);
+      expect(place == Kernel::template place<t.keys>(r, c & ~1, c & 1), "a chunk has one place");
+      expect(place >= 0 && place + 16 <= Kernel::kSlotBytes && place % 16 == 0, "chunks are inside of the slot");
+      expect(places.insert(place).second, "each chunk has its own place");
+    }
+  for (int r = 0; r < t.keys; r += 8)
+    for (int c = 0; c < Kernel::kChunks; ++c) {
+      std::set<int> banks;
+      for (int i = 0; i < 8; ++i) banks.insert(Kernel::template place<t.keys>(r + i, c) / 16 % 8);
+      expect(banks.size() == 8, "ldmatrix without bank conflicts");
+    }
+  for (const int arch : {750, 800, 860, 890, 900, 1000, 1200}) {
+    const int slots = attention_slots(t, arch), bytes = attention_shared_bytes(t, arch);
+    expect(slots >= 2 && slots <= 4, "the ring has two to four slots");
+    expect(bytes <= (arch == 750 ? 65536 : 101376) || (arch == 750 && t.warps_of_keys > 1 && t.width == 256),
+           "a block fits the smallest chip of its kind, but for wide decode on sm_75");
+    expect(arch == 750 || 2 * (bytes + 1024) <= 167936, "two blocks share a multiprocessor of sm_80");
+  }
+  if constexpr (TILE + 1 < kAttentionTileCount) check_places<TILE + 1>();
+}
+
+template <class T>
+void check_simt_keys() {
+  using Kernel = AttentionSimtKernel<T, 0>;
+  std::set<int> keys;
+  for (int tx = 0; tx < 16; ++tx)
+    for (int j = 0; j < 4; ++j) {
+      const int key = Kernel::key_of(tx, j);
+      expect(Kernel::place_of_key(key) == 4 * tx + j, "a thread's keys follow each other");
+      expect(keys.insert(key).second && key < 64, "every key has one thread");
+      expect(key / 32 == Kernel::key_of(tx, 0) / 32 && key % 32 / 8 == j, "one Philox serves a thread's keys");
+    }
+  expect(Kernel::kSharedBytes <= 65536, "a block fits sm_75");
+}
+
+void check_plans() {
+  for (const DType dtype : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16})
+    for (const int capability : {75, 80, 86, 90})
+      for (const int multiprocessors : {1, 20, 132})
+        for (int64_t L = 1; L < 20000; L += 1 + L / 2)
+          for (int64_t S = 0; S < 100000; S += 1 + S)
+            for (const int64_t group : {1, 3, 8, 71})
+              for (const int64_t D : {0, 1, 33, 64, 80, 128, 160, 256, 257})
+                for (const bool general : {false, true}) {
+                  const int64_t begin = S / 3 * (L % 2), V = D == 80 ? 300 : D;
+                  const AttentionProblem p = {dtype, 2 * group, group, L, D, V, begin, S, general};
+                  const int shared = capability == 75 ? 65536 : capability == 80 ? 166912 : 101376;
+                  const AttentionPlan plan = attention_plan(p, capability, multiprocessors, shared);
+                  const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
+                  const bool mma = plan.kernel == AttentionKernel::Mma;
+                  expect(!mma || attention_fits(p, kAttentionTiles[plan.tile], capability, shared), "a tile that fits");
+                  expect(mma || !half || D > 256 || V > 256 || (capability < 80 && dtype == DType::BFloat16) ||
+                             capability == 75,
+                         "16 bits go to tensor cores where they can");
+                  expect(!mma || !kAttentionTiles[plan.tile].general || general || plan.heads * L <= kFewRows,
+                         "scores that need no more than a factor go to the plain kind");
+                  expect(plan.heads == 1 || plan.heads == group, "heads stand in a tile all or alone");
+                  const int64_t keys = attention_keys(plan.kernel, plan.tile), first = plan.first_tile * keys;
+                  expect(first <= begin && begin < first + keys, "splits begin with the first key that is seen");
+                  expect(first + plan.splits * plan.tiles_per_split * keys >= S, "splits cover the keys");
+                  expect(plan.splits == 1 || first + (plan.splits - 1) * plan.tiles_per_split * keys < S,
+                         "no split is empty");
+                  expect(plan.splits >= 1 && plan.splits <= 128, "splits are a grid");
+                  expect(attention_partial_bytes(p, plan.splits) <= kMostAttentionPartialBytes,
+                         "the workspace is bounded");
+                }
+  // Whole waves are not split; one query against many keys is, and its heads share a tile.
+  constexpr AttentionProblem large = {DType::BFloat16, 64, 8, 4096, 128, 128, 0, 4096, false};
+  static_assert(attention_plan(large, 90, 132, 232448).splits == 1 && attention_plan(large, 90, 132, 232448).tile == 3);
+  constexpr AttentionProblem decode = {DType::BFloat16, 32, 8, 1, 128, 128, 0, 8192, false};
+  static_assert(attention_plan(decode, 90, 132, 232448).splits > 16 &&
+                attention_plan(decode, 90, 132, 232448).heads == 8);
+  static_assert(kAttentionTiles[attention_plan(decode, 90, 132, 232448).tile].rows == 16);
+}
+
+}  // namespace
+
+int main() {
+  check_places<0>();
+  check_simt_keys<float>(), check_simt_keys<double>();
+  check_plans();
+  std::printf("attention plan: %d failed\n", failures);
+  return failures != 0;
+}
