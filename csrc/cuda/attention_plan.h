@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "fastnn/attention.h"
 
@@ -11,8 +12,8 @@ namespace fastnn::cuda {
 // Mma: tensor cores, 16-bit types. Simt: everything else.
 enum class AttentionKernel : int32_t { Mma, Simt };
 
-// `width`: of head_dim and of value_dim, padded with zeros. The four warps share the rows, or the keys of a step in four
-// parts where rows are few. `general`: knows masks, soft cap and dropout.
+// `width`: of head_dim and of value_dim, padded with zeros. The four warps share the rows, or the keys of a step in
+// four parts where rows are few. `general`: knows masks, soft cap and dropout.
 struct AttentionTile {
   int width, rows, keys, warps_of_keys;
   bool general;
@@ -27,8 +28,9 @@ inline constexpr int kAttentionTileCount = 12, kAttentionThreads = 128;
 // Rows of the two tiles without tensor cores, keys of a step.
 inline constexpr int kAttentionSimtRows[] = {64, 16}, kAttentionSimtKeys = 64, kAttentionSimtThreads = 256;
 
-// Tiles of keys and of values in the ring: four where 64 KiB hold them, so that two blocks share a multiprocessor and sm_75
-// has room; else three, which is two blocks on sm_80, and on sm_75, where copies do not run ahead, what its 64 KiB hold.
+// Tiles of keys and of values in the ring: four where 64 KiB hold them, so that two blocks share a multiprocessor and
+// sm_75 has room; else three, which is two blocks on sm_80, and on sm_75, where copies do not run ahead, what its 64
+// KiB hold.
 constexpr int attention_slots(const AttentionTile& t, int arch) {
   const int query = t.rows * t.width * 2, slot = t.keys * t.width * 2;
   if (query + 4 * slot <= 65536 || (t.warps_of_keys > 1 && t.width <= 128 && arch >= 800)) return 4;

@@ -73,8 +73,8 @@ FASTNN_DEVICE AttentionRow attention_row(const AttentionForward& p, uint32_t ite
   return {item * p.heads_of_item + head, r - head * p.query_length};
 }
 
-// Keys that any of the rows [r0, r1) may see, and those that all of them may see. Limits grow with the query, so the ends
-// of each head's run are enough.
+// Keys that any of the rows [r0, r1) may see, and those that all of them may see. Limits grow with the query, so the
+// ends of each head's run are enough.
 struct KeyRange {
   int begin, end, all_begin, all_end;
 };
@@ -98,7 +98,7 @@ FASTNN_DEVICE TileRange visible_tiles(const AttentionForward& p, const KeyRange&
   return {begin < own ? own : begin, end < own + p.tiles_per_split ? end : own + p.tiles_per_split};
 }
 
-// ---- masks -----------------------------------------------------------------------------------------------------------
+// ---- masks ----------------------------------------------------------------------------------------------------------
 
 // Where the mask of a row starts, in bytes: its elements are of 1, 2, 4 or 8.
 template <class T>
@@ -119,7 +119,7 @@ FASTNN_DEVICE C masked(C score, M added) {
   return score + static_cast<C>(widen(added));
 }
 
-// ---- dropout ---------------------------------------------------------------------------------------------------------
+// ---- dropout --------------------------------------------------------------------------------------------------------
 
 FASTNN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 // Words of the keys s, s + 8, s + 16 and s + 24, where s / 8 is a multiple of 4.
@@ -140,7 +140,7 @@ FASTNN_DEVICE uint64_t philox_seed(const AttentionForward& p) {
   return p.drop_below && p.philox_seed_at ? *p.philox_seed_at : p.philox_seed;
 }
 
-// ---- sums ------------------------------------------------------------------------------------------------------------
+// ---- sums -----------------------------------------------------------------------------------------------------------
 
 FASTNN_DEVICE float log_of(float x) { return ::logf(x); }
 FASTNN_DEVICE double log_of(double x) { return ::log(x); }

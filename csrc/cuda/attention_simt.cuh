@@ -2,14 +2,14 @@
 // types where no tile of attention_sm80.cuh serves (head_dim or value_dim above 256, bfloat16 before sm_80).
 //
 // A block of 16x16 threads has 64 rows (queries of one head, or of the few heads of a group) or 16, and 128 columns of
-// value (64 in double); it walks along the keys, 64 a step. A thread has four rows (or one) by four keys of the scores, and
-// those rows by eight (four) columns of the output, in registers. Slices of eight features of Q and K, then slices of
-// eight keys of V, come element by element through one ring of three stages, by cp.async; the exponentials pass through
-// shared memory. Any strides, any head_dim; blocks of further columns of value take the scores again.
+// value (64 in double); it walks along the keys, 64 a step. A thread has four rows (or one) by four keys of the scores,
+// and those rows by eight (four) columns of the output, in registers. Slices of eight features of Q and K, then slices
+// of eight keys of V, come element by element through one ring of three stages, by cp.async; the exponentials pass
+// through shared memory. Any strides, any head_dim; blocks of further columns of value take the scores again.
 //
-// A thread's keys are s, s + 8, s + 16 and s + 24, so that one Philox serves all four; K's slices lie so that they follow
-// each other. exp2, tanh and log are CUDA's own in full precision, products are plain multiply-adds.
-// Bound by the FMA units: 16 multiply-adds for two loads of 16 bytes. No figure: not yet measured on a GPU.
+// A thread's keys are s, s + 8, s + 16 and s + 24, so that one Philox serves all four; K's slices lie so that they
+// follow each other. exp2, tanh and log are CUDA's own in full precision, products are plain multiply-adds. Bound by
+// the FMA units: 16 multiply-adds for two loads of 16 bytes. No figure: not yet measured on a GPU.
 #pragma once
 
 #include "cuda/attention_plan.h"

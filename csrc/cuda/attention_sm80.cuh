@@ -4,8 +4,8 @@
 // queries: its scores, their running maximum and sum, and its rows of the output stay in registers; what the first
 // product leaves as accumulators is, rounded, the left operand of the second. Tiles of keys and values come by cp.async
 // through one ring, K₀ V₀ K₁ V₁ …, two or three tiles ahead, swizzled (tile.cuh), to be read by ldmatrix (values
-// transposed). Keys that no query of the block may see are not loaded, a warp skips steps where its queries see none, and
-// limits are looked at on the edge of what is seen alone.
+// transposed). Keys that no query of the block may see are not loaded, a warp skips steps where its queries see none,
+// and limits are looked at on the edge of what is seen alone.
 //
 // Few rows (decode): the queries of all heads that share key and value are the 16 rows of one tile, and the four warps
 // take a quarter of each step's keys; their results are merged in their order at the end. With splits, blockIdx.y takes
@@ -38,8 +38,8 @@ struct AttentionMmaKernel {
   static constexpr int kQueryBytes = tile.rows * tile.width * 2, kSlotBytes = tile.keys * tile.width * 2;
   static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0);
 
-  // A tile lies as panels of 64 features, the last of 64 or 32. In bytes: where chunk c + more of row r lies, both of the
-  // same panel.
+  // A tile lies as panels of 64 features, the last of 64 or 32. In bytes: where chunk c + more of row r lies, both of
+  // the same panel.
   template <int ROWS>
   static FASTNN_DEVICE int place(int r, int c, int more = 0) {
     const int panel = c / 8, at = panel * ROWS * 128;
@@ -65,7 +65,7 @@ struct AttentionMmaKernel {
     return attention_row(p, item, first + 16 * i + 8 * half + lane / 4);
   }
 
-  // ---- to shared memory ----------------------------------------------------------------------------------------------
+  // ---- to shared memory ---------------------------------------------------------------------------------------------
 
   // 16 bytes of a row that lies in any way, or zeros.
   static FASTNN_DEVICE void copy_gathered(unsigned char* to, const uint16_t* from, int64_t stride, int count) {
@@ -107,7 +107,7 @@ struct AttentionMmaKernel {
     }
   }
 
-  // ---- products ------------------------------------------------------------------------------------------------------
+  // ---- products -----------------------------------------------------------------------------------------------------
 
   static FASTNN_DEVICE void multiply_keys(float (&s)[kFragmentsM][kFragmentsS][4], const unsigned char* query, int row,
                                           const unsigned char* keys, int key, int lane) {
@@ -153,7 +153,7 @@ struct AttentionMmaKernel {
     }
   }
 
-  // ---- scores --------------------------------------------------------------------------------------------------------
+  // ---- scores -------------------------------------------------------------------------------------------------------
 
   // Adds the mask of one row to its pairs of scores with the keys key, key + 1, key + 8 …; none at `limit` or behind.
   template <class M>
@@ -283,7 +283,7 @@ struct AttentionMmaKernel {
           }
   }
 
-  // ---- the end -------------------------------------------------------------------------------------------------------
+  // ---- the end ------------------------------------------------------------------------------------------------------
 
   // The warp's rows of the output: through its own rows of the queries' tile, so that 16 bytes are stored at once.
   static FASTNN_DEVICE void store(const AttentionForward& p, State& state, uint32_t item, int r0, int warp_row,

@@ -1,5 +1,5 @@
-// attention's index maths and plans, exhaustively: where chunks of tiles lie, the ring's size, which kernel and how many
-// splits.
+// attention's index maths and plans, exhaustively: where chunks of tiles lie, the ring's size, which kernel and how
+// many splits.
 #include <cstdio>
 #include <set>
 

@@ -30,6 +30,8 @@ MEANT = [
         80,
         ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
     ),
+    ("attention_grad_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
+    ("attention_grad_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
     ("attention_simt_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
     ("attention_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
 ]
@@ -75,9 +77,15 @@ def instructions(arch: int, kernels: dict[str, Counter]) -> list[str]:
         for _, first, meant in rules:
             if first == newest:
                 wrong += [f"{name}: no {op}" for op in meant if not any(has.startswith(op) for has in found)]
+    return wrong
+
+
+def unwatched(arch: int, names: set[str]) -> list[str]:
+    """Rules that no kernel of their op answers to."""
+    wrong = []
     for part, first, _ in MEANT:
         op = part.split("_")[0]
-        if first <= arch and not any(part in name for name in kernels) and any(op in name for name in kernels):
+        if first <= arch and not any(part in name for name in names) and any(op in name for name in names):
             wrong.append(f"no kernel is named {part}: the gate watches nothing")
     return wrong
 
@@ -93,15 +101,21 @@ def main(folder: Path) -> int:
         print("gates: no nvdisasm here: instructions are not looked at, registers and stack are")
     cubins = sorted(folder.glob("*.cubin"))
     failures = 0
+    names: dict[int, set[str]] = {}
     for cubin in cubins:
         arch = int(re.sub(r"\D", "", cubin.stem.rsplit(".", 1)[1]))
         wrong = registers(cubin.with_suffix(".log").read_text())
         kernels = disassembled(nvdisasm, cubin) if nvdisasm else {}
         wrong += instructions(arch, kernels)
+        names.setdefault(arch, set()).update(kernels)
         for line in wrong:
             print(f"gates: {cubin.stem}: {line}")
         failures += len(wrong)
         print(f"gates: {cubin.stem}: {len(kernels) or 'no'} kernels disassembled, {len(wrong)} complaints")
+    for arch, found in names.items():
+        for line in unwatched(arch, found):
+            print(f"gates: sm_{arch}: {line}")
+            failures += 1
     if not cubins:
         print(f"gates: nothing compiled in {folder}")
     return 1 if failures or not cubins else 0

@@ -1,0 +1,97 @@
+// The gradients of attention on CUDA, host side.
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_fill.h"
+
+namespace fastnn::cuda {
+namespace {
+
+template <class T, AttentionGrad OF>
+Status launch_grad(const AttentionParams& p, const AttentionPlan& plan, AttentionBackward b, const AttentionResult& to,
+                   Stream stream) {
+  constexpr bool of_query = OF == AttentionGrad::Query, of_value = OF == AttentionGrad::Value;
+  using Kernel = AttentionGradKernel<T, OF>;
+  const int64_t positions = of_query ? p.query_length : p.key_length, columns = of_value ? p.value_dim : p.head_dim;
+  const int64_t items = of_query ? p.heads : p.heads / std::max<int64_t>(p.group, 1);
+  if (!to.data || positions == 0 || columns == 0) return {};
+  if (!fill_rows(b.grad, to, 1, items, positions, sizeof(T)))
+    return refused("attention_backward", p, plan, "leading dimensions that six strides cannot tell");
+  const int64_t blocks = items * ((positions + Kernel::kSide - 1) / Kernel::kSide);
+  if (blocks > std::numeric_limits<int32_t>::max())
+    return refused("attention_backward", p, plan, "more blocks than a grid holds");
+  const dim3 grid(static_cast<unsigned>(blocks), 1,
+                  static_cast<unsigned>((columns + Kernel::kCols - 1) / Kernel::kCols));
+  return launch_labelled("attention_grad_kernel", p, plan, attention_grad_kernel<T, OF>, grid, Kernel::kThreads,
+                         Kernel::kSharedBytes, stream, b);
+}
+
+// Fills what the gradient of a mask needs; where its index is not made of digits, false.
+bool fill_mask(const AttentionBackwardParams& g, AttentionBackward& b) {
+  b.grad_mask = g.grad_mask;
+  b.mask_rows = static_cast<int>(g.mask_rows), b.mask_cols = static_cast<int>(g.mask_cols);
+  if (!head_offsets(g.mask_index, g.forward.heads, b.mask_index)) return false;
+  b.mask_turns = g.forward.heads > 0 ? 1 : 0;
+  for (int i = 0; i < b.mask_index.digits; ++i)
+    if (b.mask_index.stride[i] == 0) b.mask_turns *= static_cast<int>(b.mask_index.size[i]);
+  return true;
+}
+
+template <class T>
+Status launch_mask(const AttentionBackwardParams& g, const AttentionPlan& plan, AttentionBackward b, Stream stream) {
+  const AttentionParams& p = g.forward;
+  if (!g.grad_mask || g.mask_heads * g.mask_rows * g.mask_cols == 0) return {};
+  if (!fill_mask(g, b))
+    return refused("attention_backward", p, plan, "leading dimensions that six strides cannot tell");
+  using Kernel = AttentionGradKernel<T, AttentionGrad::Mask>;
+  const auto tiles = [](int64_t n) { return n == 1 ? 1 : (n + Kernel::kSide - 1) / Kernel::kSide; };
+  const int64_t blocks = g.mask_heads * tiles(g.mask_rows) * tiles(g.mask_cols);
+  if (blocks > std::numeric_limits<int32_t>::max())
+    return refused("attention_backward", p, plan, "more blocks than a grid holds");
+  return launch_labelled("attention_grad_kernel", p, plan, attention_grad_kernel<T, AttentionGrad::Mask>,
+                         dim3(static_cast<unsigned>(blocks)), Kernel::kThreads, Kernel::kSharedBytes, stream, b);
+}
+
+template <class T>
+Status run(const AttentionBackwardParams& g, const AttentionPlan& plan, const AttentionBackward& b, Stream stream) {
+  const AttentionParams& p = g.forward;
+  Status status;
+  if (b.forward.rows_of_all > 0)
+    status = launch_labelled("attention_delta_kernel", p, plan, attention_delta_kernel<T>,
+                             dim3(static_cast<unsigned>((b.forward.rows_of_all + 3) / 4)), 128, 0, stream, b);
+  if (status.ok()) status = launch_grad<T, AttentionGrad::Value>(p, plan, b, g.grad_value, stream);
+  if (status.ok()) status = launch_grad<T, AttentionGrad::Key>(p, plan, b, g.grad_key, stream);
+  if (status.ok()) status = launch_grad<T, AttentionGrad::Query>(p, plan, b, g.grad_query, stream);
+  if (status.ok()) status = launch_mask<T>(g, plan, b, stream);
+  return status;
+}
+
+}  // namespace
+
+int64_t attention_backward_workspace(const AttentionBackwardParams& g) {
+  return g.forward.heads * g.forward.query_length * (g.forward.dtype == DType::Float64 ? 8 : 4);
+}
+
+Status attention_backward(const AttentionBackwardParams& g, const int64_t* philox_seed, Workspace workspace,
+                          Stream stream) {
+  const AttentionParams& p = g.forward;
+  const AttentionPlan plan = {AttentionKernel::Simt, 0, 1, 1, 1, 0};
+  AttentionBackward b = {};
+  if (const char* reason = fill(p, plan, b.forward)) return refused("attention_backward", p, plan, reason);
+  const int64_t size = size_of(p.dtype);
+  if (!fill_rows(b.grad_output, g.grad_output, p.value_dim > 1 ? g.grad_output.col_stride : 1, p.heads, p.query_length,
+                 size))
+    return refused("attention_backward", p, plan, "leading dimensions that six strides cannot tell");
+  if (workspace.bytes < attention_backward_workspace(g))
+    return refused("attention_backward", p, plan, "a workspace that is too small");
+  b.forward.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
+  b.grad_lse = g.grad_lse, b.delta = workspace.data;
+  b.grad_scale = p.head_dim == 0 ? 1.0 : p.scale;
+  switch (p.dtype) {
+    case DType::Float32: return run<float>(g, plan, b, stream);
+    case DType::Float64: return run<double>(g, plan, b, stream);
+    case DType::BFloat16: return run<BFloat16>(g, plan, b, stream);
+    case DType::Float16: return run<Float16>(g, plan, b, stream);
+  }
+  return {};
+}
+
+}  // namespace fastnn::cuda
