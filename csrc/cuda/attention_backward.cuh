@@ -392,7 +392,7 @@ struct AttentionGradKernel {
 };
 
 template <class T, AttentionGrad OF>
-__global__ void __launch_bounds__(256) attention_grad_kernel(__grid_constant__ const AttentionBackward b) {
+__global__ void __launch_bounds__(256, 1) attention_grad_kernel(__grid_constant__ const AttentionBackward b) {
   AttentionGradKernel<T, OF>::run(b);
 }
 
