@@ -209,6 +209,53 @@ struct AttentionGradKernel {
             (w.first_own + turn / w.walk_tiles % w.own_tiles) * kSide, (w.first_walk + turn % w.walk_tiles) * kSide};
   }
 
+  // What each walked position weighs: a row of the thread's four owned ones.
+  static FASTNN_DEVICE void store_weights(C* weights, const C (&s)[4][4], int ty, int tx) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; i += kLanes<C>) {
+        Vector<C, kLanes<C>> part;
+#pragma unroll
+        for (int l = 0; l < kLanes<C>; ++l) part.data[l] = s[i + l][j];
+        ptx::shared_store(weights + position<kOfQuery>(tx, j) * kPitch + 4 * ty + i, part);
+      }
+  }
+  static FASTNN_DEVICE void multiply_columns(C (&out)[4][kQuarters][4], const C* weights, const C* columns) {
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      C weight[4], column[kQuarters][4];
+      load_four(weight, weights + k * kPitch);
+#pragma unroll
+      for (int q = 0; q < kQuarters; ++q) load_four(column[q], columns + k * kCols + 64 * q);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int q = 0; q < kQuarters; ++q)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) out[i][q][j] += weight[i] * column[q][j];
+    }
+  }
+  static FASTNN_DEVICE void store(const AttentionBackward& b, const Walk& w, const C (&out)[4][kQuarters][4], int ty,
+                                  int tx) {
+    const AttentionForward& p = b.forward;
+    const C factor = kOfValue ? C(1) : static_cast<C>(b.grad_scale);
+    const int col0 = static_cast<int>(blockIdx.z) * kCols, width = kOfValue ? p.value_dim : p.head_dim;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own = w.first_own * kSide + position<!kOfQuery>(ty, i);
+      if (own >= (kOfQuery ? p.query_length : p.key_length)) continue;
+      T* const to = static_cast<T*>(const_cast<void*>(b.grad.data)) + b.grad.heads(w.item) + own * b.grad.row_stride;
+#pragma unroll
+      for (int q = 0; q < kQuarters; ++q)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int col = col0 + 64 * q + 4 * tx + j;
+          if (col < width) to[col] = narrow<T>(out[i][q][j] * factor);
+        }
+    }
+  }
+
   // Sums over what the mask was broadcast along, in a fixed order, and the store.
   static FASTNN_DEVICE void store_mask(const AttentionBackward& b, const Walk& w, C (&sums)[4][4], C* shared, int ty,
                                        int tx) {
@@ -250,7 +297,7 @@ struct AttentionGradKernel {
     const int thread = static_cast<int>(threadIdx.x), ty = thread / 16, tx = thread % 16;
     const int L = p.query_length, S = p.key_length, D = p.head_dim, V = p.value_dim;
     const Walk w = walk_of(b);
-    const int col0 = static_cast<int>(blockIdx.z) * kCols, width = kOfValue ? V : D;
+    const int col0 = static_cast<int>(blockIdx.z) * kCols;
     const int depth_steps = D > 0 ? (D + kDepth - 1) / kDepth : 1;
     const int value_steps = kOfValue ? 0 : (V + kDepth - 1) / kDepth;
     const int parts = depth_steps + value_steps + (kOfMask ? 0 : kSteps);
@@ -340,54 +387,18 @@ struct AttentionGradKernel {
         for (int i = 0; i < 4; ++i)
 #pragma unroll
           for (int j = 0; j < 4; ++j) sums[i][j] += s[i][j];
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        C* const to = weights + position<kOfQuery>(tx, j) * kPitch + 4 * ty;
-#pragma unroll
-        for (int i = 0; i < 4; i += kLanes<C>) {
-          Vector<C, kLanes<C>> part;
-#pragma unroll
-          for (int l = 0; l < kLanes<C>; ++l) part.data[l] = s[i + l][j];
-          ptx::shared_store(to + i, part);
-        }
-      }
+      } else {
+        store_weights(weights, s, ty, tx);
 #pragma unroll 1
-      for (int step = 0; step < kSteps; ++step) {
-        const C* const stage = landed();
-#pragma unroll
-        for (int k = 0; k < kDepth; ++k) {
-          C weight[4], column[kQuarters][4];
-          load_four(weight, weights + (step * kDepth + k) * kPitch + 4 * ty);
-#pragma unroll
-          for (int q = 0; q < kQuarters; ++q) load_four(column[q], stage + k * kCols + 64 * q + 4 * tx);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int q = 0; q < kQuarters; ++q)
-#pragma unroll
-              for (int j = 0; j < 4; ++j) out[i][q][j] += weight[i] * column[q][j];
-        }
+        for (int step = 0; step < kSteps; ++step)
+          multiply_columns(out, weights + step * kDepth * kPitch + 4 * ty, landed() + 4 * tx);
       }
     }
     ptx::cp_async_wait<0>();
-    if constexpr (kOfMask) return store_mask(b, w, sums, weights, ty, tx);
-
-    const C factor = kOfValue ? C(1) : static_cast<C>(b.grad_scale);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int own = w.first_own * kSide + position<!kOfQuery>(ty, i);
-      if (own >= (kOfQuery ? L : S)) continue;
-      T* const to = static_cast<T*>(const_cast<void*>(b.grad.data)) + b.grad.heads(w.item) + own * b.grad.row_stride;
-#pragma unroll
-      for (int q = 0; q < kQuarters; ++q)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int col = col0 + 64 * q + 4 * tx + j;
-          if (col < width) to[col] = narrow<T>(out[i][q][j] * factor);
-        }
-    }
+    if constexpr (kOfMask)
+      store_mask(b, w, sums, weights, ty, tx);
+    else
+      store(b, w, out, ty, tx);
   }
 };
 

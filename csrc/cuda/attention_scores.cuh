@@ -191,7 +191,8 @@ FASTNN_DEVICE void store_partial_sums(const AttentionForward& p, int64_t row, C 
 
 // output = Σ values · 2^(c · (top - largest top)) over Σ sums · the same, the splits in their order. One warp, one row.
 template <class T>
-__global__ void __launch_bounds__(128) attention_merge_kernel(__grid_constant__ const AttentionForward p, int splits) {
+__global__ void __launch_bounds__(128, 1)
+    attention_merge_kernel(__grid_constant__ const AttentionForward p, int splits) {
   using C = Compute<T>;
   const int64_t number = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -291,7 +291,7 @@ struct AttentionSimtKernel {
 };
 
 template <class T, int TILE>
-__global__ void __launch_bounds__(kAttentionSimtThreads)
+__global__ void __launch_bounds__(kAttentionSimtThreads, 1)
     attention_simt_kernel(__grid_constant__ const AttentionForward p) {
   AttentionSimtKernel<T, TILE>::run(p);
 }

@@ -48,7 +48,8 @@ struct AttentionMmaKernel {
   }
   template <int ROWS>
   static FASTNN_DEVICE void copy_panels(unsigned char* to, const RowMatrix& matrix, int64_t row) {
-#pragma unroll
+// Before sm_80 a copy is a load and a store: few at a time, or registers run out.
+#pragma unroll(kArch >= 800 ? kChunks : 1)
     for (int c = 0; c + 8 <= kChunks; c += 8) copy_tile<ROWS, 8, kThreads>(to + c / 8 * ROWS * 128, matrix, row, 8 * c);
     if constexpr (kChunks % 8 == 4)
       copy_tile<ROWS, 4, kThreads>(to + kChunks / 8 * ROWS * 128, matrix, row, kChunks / 8 * 64);
