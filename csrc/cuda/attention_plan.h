@@ -42,6 +42,11 @@ constexpr int attention_shared_bytes(const AttentionTile& t, int arch) {
   return t.rows * t.width * 2 + (ring > merge ? ring : merge);
 }
 
+// Whether a tile is built for the arch: sm_75 lacks shared memory or registers for the widest.
+constexpr bool attention_built(const AttentionTile& t, int arch) {
+  return arch >= 800 || (attention_shared_bytes(t, arch) <= 65536 && !(t.general && t.width > 128));
+}
+
 struct AttentionProblem {
   DType dtype;
   int64_t heads, group, query_length, head_dim, value_dim;
@@ -90,7 +95,8 @@ constexpr int64_t attention_partial_bytes(const AttentionProblem& p, int splits)
 constexpr bool attention_fits(const AttentionProblem& p, const AttentionTile& t, int capability, int shared_bytes) {
   const bool half = p.dtype == DType::Float16 || p.dtype == DType::BFloat16;
   return half && (capability >= 80 || p.dtype == DType::Float16) && p.head_dim <= t.width && p.value_dim <= t.width &&
-         (t.general || !p.general) && attention_shared_bytes(t, 10 * capability) <= shared_bytes;
+         (t.general || !p.general) && attention_built(t, 10 * capability) &&
+         attention_shared_bytes(t, 10 * capability) <= shared_bytes;
 }
 
 inline constexpr int kFewRows = 16;

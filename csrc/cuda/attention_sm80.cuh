@@ -36,6 +36,7 @@ struct AttentionMmaKernel {
   static constexpr int kFragmentsM = kWarpRows / 16, kFragmentsS = kWarpKeys / 8, kFragmentsO = tile.width / 8;
   static constexpr int kChunks = tile.width / 8, kSlots = attention_slots(tile, kArch);
   static constexpr int kQueryBytes = tile.rows * tile.width * 2, kSlotBytes = tile.keys * tile.width * 2;
+  static constexpr bool kBuilt = attention_built(tile, kArch);
   static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0);
 
   // A tile lies as panels of 64 features, the last of 64 or 32. In bytes: where chunk c + more of row r lies, both of
@@ -112,7 +113,7 @@ struct AttentionMmaKernel {
 
   static FASTNN_DEVICE void multiply_keys(float (&s)[kFragmentsM][kFragmentsS][4], const unsigned char* query, int row,
                                           const unsigned char* keys, int key, int lane) {
-#pragma unroll
+#pragma unroll(kArch >= 800 ? kChunks : 1)  // sm_75 has no registers to spare for loads ahead
     for (int d = 0; d < kChunks; d += 2) {
       uint32_t a[kFragmentsM][4];
 #pragma unroll
@@ -479,7 +480,7 @@ struct AttentionMmaKernel {
 
 template <class T, int TILE>
 __global__ void __launch_bounds__(kAttentionThreads) attention_mma_kernel(__grid_constant__ const AttentionForward p) {
-  AttentionMmaKernel<T, TILE>::run(p);
+  if constexpr (AttentionMmaKernel<T, TILE>::kBuilt) AttentionMmaKernel<T, TILE>::run(p);
 }
 
 }  // namespace fastnn::cuda

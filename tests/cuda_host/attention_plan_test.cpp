@@ -39,8 +39,10 @@ void check_places() {
   for (const int arch : {750, 800, 860, 890, 900, 1000, 1200}) {
     const int slots = attention_slots(t, arch), bytes = attention_shared_bytes(t, arch);
     expect(slots >= 2 && slots <= 4, "the ring has two to four slots");
-    expect(bytes <= (arch == 750 ? 65536 : 101376) || (arch == 750 && t.warps_of_keys > 1 && t.width == 256),
-           "a block fits the smallest chip of its kind, but for wide decode on sm_75");
+    expect(!attention_built(t, arch) || bytes <= (arch == 750 ? 65536 : 101376),
+           "a block fits the smallest of its kind");
+    expect(attention_built(t, arch) || (arch == 750 && t.width == 256),
+           "only the widest tiles are not built for sm_75");
     expect(arch == 750 || 2 * (bytes + 1024) <= 167936, "two blocks share a multiprocessor of sm_80");
   }
   if constexpr (TILE + 1 < kAttentionTileCount) check_places<TILE + 1>();
