@@ -3,6 +3,7 @@
 #   make test PYTHON=python3.12   the same, from another base interpreter
 #   make test VENV=               no .venv: PYTHON's own packages and torch >= 2.11, as they are
 #   make test ARGS="-k linear"    ARGS reach pytest, the demo or the benchmark
+#   make check-cuda               needs nvcc, no GPU: kernels run on the CPU, compiled for every architecture, and read
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -15,10 +16,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := setup.py $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print)
 RUN := PYTHONPATH="$(CURDIR)" $(PY)
 
-.PHONY: demo test bench lint test-asan test-avx512 build clean FORCE
+.PHONY: demo test bench lint test-asan test-avx512 check-cuda build clean FORCE
 build: build/.built
 
 demo: build/.built
@@ -33,7 +34,8 @@ bench: build/.built
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl')
+	PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu*' \
+	    'tests/cuda_host/*.cpp' 'tests/cuda_host/*.h')
 
 # The tests of the kernels again, on other builds of them, in minutes. $(1): its folder, $(2): compiler flags.
 KERNEL_TESTS := $(wildcard tests/test_testing.py tests/test_linear*.py tests/test_conv2d*.py tests/test_rnn*.py \
@@ -58,6 +60,11 @@ test-asan: $(READY)
 test-avx512: $(READY)
 	$(call built-with,avx512,-O1 -DFASTNN_AVX512_ON_AVX2)
 	export $(call TESTED_AT,avx512); $(call TEST_THAT,avx512,avx512)
+
+# The CUDA kernels with no GPU: run on the CPU by a shim under sanitizers, compiled for every architecture, and their
+# machine code read for spills and for the instructions that were meant.
+check-cuda:
+	$(MAKE) --no-print-directory -f tests/cuda_host/Makefile -j2 PYTHON=$(PYTHON) host gates
 
 clean:
 	rm -rf build dist *.egg-info fastnn/*.so

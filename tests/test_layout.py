@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CSRC = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cpp", ".h", ".inl")]
+CSRC = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")]
 STUBS = sorted(path for isa in ("baseline", "avx2", "avx512") for path in (ROOT / "csrc/cpu").glob(f"*_{isa}.cpp"))
 SOURCES = [
     *CSRC,
@@ -29,8 +29,13 @@ def test_torch_is_included_only_in_bindings(path):
 
 @pytest.mark.parametrize("path", [path for path in CSRC if "include" in path.parts], ids=name)
 def test_contracts_include_nothing_of_the_kernels(path):
-    assert not re.findall(r'#\s*include\s*[<"](cpu|bindings)/', path.read_text())
+    assert not re.findall(r'#\s*include\s*[<"](cpu|cuda|bindings)/', path.read_text())
     assert "immintrin" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in CSRC if path.suffix in (".cu", ".cuh")], ids=name)
+def test_ptx_stands_in_one_file(path):
+    assert path.name == "ptx.cuh" or not re.search(r"\basm\b", path.read_text())
 
 
 @pytest.mark.parametrize("path", STUBS, ids=name)
@@ -76,14 +81,21 @@ def test_a_compiled_stub_exports_one_symbol(path):
             assert not found, f"{function.splitlines()[0]} uses {found.group(1)}: it would crash a CPU without it"
 
 
-@pytest.mark.parametrize("path", [p for p in CSRC if p.suffix == ".inl"], ids=name)
+@pytest.mark.parametrize("path", [p for p in CSRC if p.suffix in (".inl", ".cuh")], ids=name)
 def test_a_kernel_file_opens_with_what_it_does(path):
     head = path.read_text().split("#pragma once")[0]
     assert head.startswith("// "), "the formula, the tiling, what bounds it"
     assert len(head.splitlines()) <= 22, "a head comment has at most 20 lines"
 
 
-LIMITS = {"csrc/bindings": 450, "csrc/cpu": 500, "csrc/include": 250, "fastnn/functional": 300, "fastnn": 450}
+LIMITS = {
+    "csrc/bindings": 450,
+    "csrc/cpu": 500,
+    "csrc/cuda": 500,
+    "csrc/include": 250,
+    "fastnn/functional": 300,
+    "fastnn": 450,
+}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

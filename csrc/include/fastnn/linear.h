@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "fastnn/cuda.h"
 #include "fastnn/types.h"
 
 namespace fastnn {
@@ -95,4 +96,14 @@ int64_t linear_packed_size(DType dtype, int64_t N, int64_t K);  // in elements o
 void linear_pack(const LinearPack& p);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// `algorithm`, `packed` and `threads` are the CPU's. The workspace has as many bytes as linear_forward_workspace says.
+int64_t linear_forward_workspace(const LinearForward& p);
+Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream);
+int64_t linear_backward_workspace(const LinearBackward& p);
+Status linear_backward(const LinearBackward& p, Workspace workspace, Stream stream);
+
+}  // namespace cuda
 }  // namespace fastnn

@@ -1,0 +1,102 @@
+// Which kernel serves a linear, with which tile, in how many splits along K: arithmetic on the shape and on the chip's
+// number of multiprocessors. Everything is constexpr; tests/cuda_host sweeps it.
+#pragma once
+
+#include <cstdint>
+
+#include "fastnn/types.h"
+
+namespace fastnn::cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else.
+enum class LinearKernel : int32_t { Gemv, Mma, Simt };
+
+struct LinearTile {
+  int m, n, k, threads;
+};
+inline constexpr LinearTile kMmaTiles[] = {{128, 128, 32, 256}, {64, 64, 32, 128}};
+inline constexpr LinearTile kSimtTiles[] = {{128, 128, 8, 256}, {64, 64, 8, 256}};
+inline constexpr LinearTile kGemvTile = {8, 16, 128, 128};
+
+struct LinearPlan {
+  LinearKernel kernel;
+  int tile;             // index into kMmaTiles or kSimtTiles
+  int splits;           // partial sums, added up in their order by a second kernel
+  int64_t k_per_split;  // a multiple of the tile's k
+};
+
+constexpr LinearTile linear_tile(LinearKernel kernel, int tile) {
+  return kernel == LinearKernel::Mma ? kMmaTiles[tile] : kernel == LinearKernel::Simt ? kSimtTiles[tile] : kGemvTile;
+}
+
+// Splits of equal size, none of them empty: `wanted` or a few less.
+constexpr LinearPlan linear_split(LinearKernel kernel, int tile, int64_t K, int wanted) {
+  const int64_t k = linear_tile(kernel, tile).k, steps = ceil_div(K, k);
+  const int64_t each = steps < 1 ? 1 : ceil_div(steps, wanted < 1 ? 1 : wanted);
+  return {kernel, tile, steps < 1 ? 1 : static_cast<int>(ceil_div(steps, each)), each * k};
+}
+
+constexpr int64_t linear_partial_bytes(DType dtype, int64_t M, int64_t N, int splits) {
+  return splits > 1 ? splits * M * N * (dtype == DType::Float64 ? 8 : 4) : 0;
+}
+
+struct LinearProblem {
+  DType dtype;
+  int64_t M, N, K;
+  bool a_unit, b_unit;  // rows or columns of the operand lie dense in memory
+  bool along_k;         // and in both it is the direction of K
+};
+
+// Multiprocessor cycles that a plan is thought to take. A step of the main loop is bound by its multiply-adds or by the
+// bytes of its two tiles from L2 (48 a cycle); the smaller tile reads more shared memory for a multiply-add, which the
+// factor says. A block costs its first loads and its epilogue, a split the way of its sums through memory and one more
+// launch. None of the constants was fitted: they are ratios of data sheets.
+constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int multiprocessors) {
+  const LinearTile t = linear_tile(plan.kernel, plan.tile);
+  const bool mma = plan.kernel == LinearKernel::Mma, wide = p.dtype == DType::Float64;
+  const double rate = (mma ? 1024 : wide ? 32 : 128) * (plan.tile == 0 ? 0.8 : 0.5);  // multiply-adds a cycle
+  const double size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2;
+  const double products = static_cast<double>(t.m) * t.n * t.k / rate, bytes = (t.m + t.n) * t.k * size / 48;
+  const double steps = static_cast<double>(plan.k_per_split / t.k);
+  const int64_t blocks = ceil_div(p.M, t.m) * ceil_div(p.N, t.n) * plan.splits;
+  const double waves = static_cast<double>(ceil_div(blocks, multiprocessors));
+  const double sums =
+      plan.splits > 1 ? 4000 + 2.0 * plan.splits * p.M * p.N * (wide ? 8 : 4) / (24.0 * multiprocessors) : 0;
+  return waves * (steps * (products > bytes ? products : bytes) + 2000) + sums;
+}
+
+inline constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
+
+constexpr LinearPlan linear_plan(const LinearProblem& p, int capability, int multiprocessors) {
+  const bool half = p.dtype == DType::Float16 || p.dtype == DType::BFloat16;
+  const bool mma = half && p.a_unit && p.b_unit && (capability >= 80 || p.dtype == DType::Float16);
+  const auto fits = [&](int splits) {
+    return splits == 1 || linear_partial_bytes(p.dtype, p.M, p.N, splits) <= kMostPartialBytes;
+  };
+  if (p.M <= kGemvTile.m && p.along_k && (!half || mma)) {
+    // Four blocks to a multiprocessor keep enough loads in flight; a split has at least four steps.
+    const int64_t blocks = ceil_div(p.N, kGemvTile.n), most = p.K / (4 * kGemvTile.k);
+    const int64_t wanted = blocks > 0 ? 2 * multiprocessors / blocks : 1;
+    const LinearPlan plan = linear_split(LinearKernel::Gemv, 0, p.K, static_cast<int>(wanted < most ? wanted : most));
+    return fits(plan.splits) ? plan : linear_split(LinearKernel::Gemv, 0, p.K, 1);
+  }
+  const LinearKernel kernel = mma ? LinearKernel::Mma : LinearKernel::Simt;
+  LinearPlan best = linear_split(kernel, 1, p.K, 1);
+  double least = linear_cost(p, best, multiprocessors);
+  for (int tile = p.dtype == DType::Float32 || mma ? 0 : 1; tile < 2; ++tile) {
+    const LinearTile t = linear_tile(kernel, tile);
+    const int64_t blocks = ceil_div(p.M, t.m) * ceil_div(p.N, t.n);
+    for (int wanted = 1; wanted <= 32; ++wanted) {
+      if (wanted > 1 && (blocks * (wanted - 1) >= 2 * multiprocessors || p.K < int64_t{4} * wanted * t.k)) break;
+      const LinearPlan plan = linear_split(kernel, tile, p.K, wanted);
+      if (!fits(plan.splits)) break;
+      const double cost = linear_cost(p, plan, multiprocessors);
+      if (cost < least) least = cost, best = plan;
+    }
+  }
+  return best;
+}
+
+}  // namespace fastnn::cuda

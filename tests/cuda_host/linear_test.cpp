@@ -1,0 +1,203 @@
+// linear's CUDA kernels on the CPU, each of them against sums in double: every dtype, layout, activation and edge of a
+// tile. Inputs are small integers where no activation is asked for, so that every order of summation is exact.
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda/linear_launch.h"
+#include "cuda_runtime.h"
+#include "problem.h"
+
+using namespace fastnn;
+using namespace fastnn::cuda;
+
+namespace {
+
+int failures = 0, cases = 0, every = 1;  // of the cases, each `every`th is run
+
+struct Case {
+  LinearKernel kernel;
+  int tile, splits;
+  int64_t M, N, K;
+  Layout a = Rows, b = Rows;
+  int gap = 0, shift = 0;
+  Activation activation = Activation::None;
+  bool bias = true, preactivation = false;
+};
+
+template <class T>
+void check(const Case& c) {
+  if (++cases % every) return;
+  host::machine.order = static_cast<host::Machine::Order>(cases / every % 3);
+  const bool exact = c.activation == Activation::None;
+  double (*const draw)() = exact ? small_integer : normal;
+  const Matrix<T> x(c.M, c.K, c.a, c.gap, c.shift, draw), w(c.N, c.K, c.b, c.gap, c.shift, draw);
+  const Matrix<T> bias(1, c.N, Rows, 0, 0, draw);
+  Buffer<T> output(c.M * c.N), before(c.M * c.N);
+  for (int64_t i = 0; i < c.M * c.N; ++i) output.data[i] = before.data[i] = from_double<T>(NAN);
+  LinearForward p = {};
+  p.dtype = dtype_of<T>, p.activation = c.activation;
+  p.M = c.M, p.N = c.N, p.K = c.K;
+  p.input = x.data, p.input_row = x.row, p.input_col = x.col;
+  p.weight = w.data, p.weight_row = w.row, p.weight_col = w.col;
+  p.bias = c.bias ? bias.data : nullptr;
+  p.output = output.data.get(), p.preactivation = c.preactivation ? before.data.get() : nullptr;
+  const LinearPlan plan = linear_split(c.kernel, c.tile, c.K, c.splits);
+  Buffer<char> workspace(linear_partial_bytes(p.dtype, c.M, c.N, plan.splits));
+  std::fill_n(workspace.data.get(), workspace.size, '\xff');
+  const Status status = linear_forward_planned(p, plan, {workspace.data.get(), workspace.size}, nullptr);
+  const auto complain = [&](const std::string& what) {
+    if (++failures <= 20)
+      std::printf(
+          "FAILED %s: kernel %d tile %d splits %d dtype %d, %ldx%ldx%ld, layouts %d %d, gap %d shift %d, activation "
+          "%d\n",
+          what.c_str(), static_cast<int>(c.kernel), c.tile, c.splits, static_cast<int>(p.dtype), c.M, c.N, c.K, c.a,
+          c.b, c.gap, c.shift, static_cast<int>(c.activation));
+  };
+  if (!status.ok()) return complain(status.message);
+  for (int64_t m = 0; m < c.M; ++m)
+    for (int64_t n = 0; n < c.N; ++n) {
+      double sum = c.bias ? bias.values[n] : 0, size = std::fabs(sum);
+      for (int64_t k = 0; k < c.K; ++k) {
+        const double product = x.values[m * c.K + k] * w.values[n * c.K + k];
+        sum += product, size += std::fabs(product);
+      }
+      // Sums are kept in float: an error of eps for each term; every activation's slope is at most 1.2.
+      const double unit = std::is_same_v<T, double> ? 0x1p-52 : 0x1p-23;
+      const double want = activated(c.activation, sum), got = to_double(output.data[m * c.N + n]);
+      const double allowed = exact ? 0 : 1.2 * unit * size * (2 + std::sqrt(1.0 * c.K)) + 4 * unit * std::fabs(want);
+      const double rounding = (sizeof(T) == 2 ? epsilon<T> : 0);
+      const bool close = exact ? got == to_double(from_double<T>(want))
+                               : std::fabs(got - want) <= allowed + rounding * (std::fabs(want) + allowed) + 0x1p-25;
+      if (!close) return complain("output " + std::to_string(got) + " for " + std::to_string(want));
+      const double kept = to_double(before.data[m * c.N + n]);
+      if (c.preactivation && !(std::fabs(kept - sum) <= allowed + rounding * (std::fabs(sum) + allowed) + 0x1p-25))
+        return complain("pre-activation " + std::to_string(kept) + " for " + std::to_string(sum));
+    }
+}
+
+constexpr Activation kAll[] = {Activation::None, Activation::Relu,      Activation::Gelu,  Activation::GeluTanh,
+                               Activation::Silu, Activation::Sigmoid,   Activation::Tanh,  Activation::LeakyRelu,
+                               Activation::Elu,  Activation::Hardswish, Activation::Relu6, Activation::Softplus,
+                               Activation::Mish};
+
+template <class T>
+void check_kernel(LinearKernel kernel, int tile) {
+  const LinearTile t = linear_tile(kernel, tile);
+  const bool gemv = kernel == LinearKernel::Gemv;
+  const std::vector<Layout> layouts = gemv                           ? std::vector<Layout>{Rows}
+                                      : kernel == LinearKernel::Simt ? std::vector<Layout>{Rows, Columns, Scattered}
+                                                                     : std::vector<Layout>{Rows, Columns};
+  const int64_t most_m = gemv ? t.m : t.m + 1;
+  for (const Layout a : layouts)
+    for (const Layout b : layouts) {
+      // Whole tiles and the sizes around them, each with each alignment of rows.
+      for (const int gap : {0, 1, 2, 4, 8})
+        for (const int shift : {0, 1}) check<T>({kernel, tile, 1, most_m, t.n + 1, 2 * t.k + 5, a, b, gap, shift});
+      check<T>({kernel, tile, 1, gemv ? t.m : 2 * t.m, t.n, 4 * t.k, a, b});
+      for (const int splits : {2, 3})
+        check<T>({kernel, tile, splits, gemv ? 5 : t.m / 2 + 3, t.n + 9, 5 * t.k + 3, a, b});
+      check<T>({kernel, tile, 1, 3, 5, 0, a, b});
+    }
+  for (int64_t m = 1; m <= most_m; m += m < 20 || m > most_m - 4 ? 1 : 7) check<T>({kernel, tile, 1, m, 8, t.k});
+  for (int64_t n = 1; n <= t.n + 1; n += n < 20 || n > t.n - 4 ? 1 : 7) check<T>({kernel, tile, 1, 7, n, t.k});
+  for (int64_t k = 1; k <= 3 * t.k + 1; k += k < 40 || k > 3 * t.k - 4 ? 1 : 13) check<T>({kernel, tile, 1, 6, 17, k});
+  for (const Activation activation : kAll) {
+    check<T>({kernel, tile, 1, 8, 67, 53, Rows, Rows, 0, 0, activation, true, true});
+    check<T>({kernel, tile, 2, 5, 24, 2 * t.k, Rows, Rows, 0, 0, activation, false, true});
+  }
+}
+
+// What the dispatcher picks on its own, on several chips.
+template <class T>
+void check_dispatch() {
+  for (const int capability : {75, 80, 90})
+    for (const int multiprocessors : {4, 132}) {
+      host::machine.capability = capability, host::machine.multiprocessors = multiprocessors;
+      for (const auto& [M, N, K] : {std::array<int64_t, 3>{1, 40, 2000},
+                                    {8, 65, 1100},
+                                    {9, 129, 300},
+                                    {70, 70, 70},
+                                    {0, 5, 5},
+                                    {5, 0, 5},
+                                    {5, 5, 0},
+                                    {33, 17, 1031}}) {
+        const Matrix<T> x(M, K, Rows, 0, 0, small_integer), w(N, K, Rows, 0, 0, small_integer);
+        Buffer<T> output(M * N);
+        LinearForward p = {};
+        p.dtype = dtype_of<T>, p.M = M, p.N = N, p.K = K;
+        p.input = x.data, p.input_row = x.row, p.input_col = x.col;
+        p.weight = w.data, p.weight_row = w.row, p.weight_col = w.col;
+        p.output = output.data.get();
+        Buffer<char> workspace(linear_forward_workspace(p));
+        if (++cases % every) continue;
+        const Status status = linear_forward(p, {workspace.data.get(), workspace.size}, nullptr);
+        bool right = status.ok();
+        for (int64_t i = 0; i < M * N; ++i) {
+          double sum = 0;
+          for (int64_t k = 0; k < K; ++k) sum += x.values[i / N * K + k] * w.values[i % N * K + k];
+          right &= to_double(output.data[i]) == to_double(from_double<T>(sum));
+        }
+        if (!right && ++failures <= 20)
+          std::printf("FAILED dispatch: dtype %d %ldx%ldx%ld, sm_%d, %d multiprocessors %s\n",
+                      static_cast<int>(p.dtype), M, N, K, capability, multiprocessors, status.message.c_str());
+      }
+    }
+  host::machine = {};
+}
+
+void check_errors() {
+  LinearForward p = {};
+  p.dtype = DType::Float32, p.M = p.N = 5, p.K = 1000;
+  const Status status = linear_forward_planned(p, linear_split(LinearKernel::Simt, 1, p.K, 2), {}, nullptr);
+  if (status.ok() || status.message != "linear M=5 N=5 K=1000: a workspace that is too small")
+    ++failures, std::printf("FAILED: a workspace that is too small is reported as '%s'\n", status.message.c_str());
+  const Status wrong = linear_forward_planned(p, linear_split(LinearKernel::Mma, 0, p.K, 1), {}, nullptr);
+  if (wrong.ok()) ++failures, std::printf("FAILED: tensor cores in float32\n");
+  cases += 2;
+}
+
+}  // namespace
+
+// linear_test [every [part]]
+int main(int argc, char** argv) {
+  every = argc > 1 ? std::atoi(argv[1]) : 1;
+  const std::string only = argc > 2 ? argv[2] : "";
+  const auto part = [&](const char* name, const auto& run) {
+    if (!only.empty() && only != name) return;
+    const int before = cases;
+    run();
+    std::printf("linear %s: %d cases\n", name, cases - before);
+    std::fflush(stdout);
+  };
+  part("mma", [] {
+    for (const int tile : {0, 1})
+      check_kernel<Float16>(LinearKernel::Mma, tile), check_kernel<BFloat16>(LinearKernel::Mma, tile);
+  });
+  part("simt", [] {
+    for (const int tile : {0, 1}) check_kernel<float>(LinearKernel::Simt, tile);
+    check_kernel<double>(LinearKernel::Simt, 1);
+    check_kernel<BFloat16>(LinearKernel::Simt, 1);
+    check_kernel<Float16>(LinearKernel::Simt, 1);
+  });
+  part("gemv", [] {
+    check_kernel<float>(LinearKernel::Gemv, 0);
+    check_kernel<double>(LinearKernel::Gemv, 0);
+    check_kernel<BFloat16>(LinearKernel::Gemv, 0);
+    check_kernel<Float16>(LinearKernel::Gemv, 0);
+  });
+  part("dispatch", [] {
+    check_dispatch<float>();
+    check_dispatch<double>();
+    check_dispatch<BFloat16>();
+    check_dispatch<Float16>();
+    check_errors();
+  });
+  std::printf("linear: %d cases, %d failed\n", cases, failures);
+  std::fflush(stdout);
+  return failures != 0;
+}

@@ -1,0 +1,532 @@
+// Runs a kernel on the CPU, block after block, the threads of a block as fibers that give way at barriers and at
+// instructions of a whole warp. What a GPU leaves undefined ends the program with a word about it:
+//   - a barrier that not all threads of the block reach, or at different lines; a warp's instruction without all 32 lanes
+//   - shared memory read before it was written, or before the cp.async that fills it was waited for
+//   - shared memory accessed by two threads, one of them writing, with no barrier between (__syncthreads, or __syncwarp
+//     inside a warp)
+//   - misaligned cp.async and ldmatrix, shared memory out of bounds; global memory is AddressSanitizer's matter
+// Shared memory is poisoned for AddressSanitizer, so a pointer to it works through the functions of ptx.cuh alone.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#if defined(FASTNN_WITH_ASAN)  // linked with it; this file itself is compiled without, to be quick
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace fastnn::cuda::host {
+namespace {
+
+constexpr int kLanes = 32, kStack = 256 * 1024, kShared = 232448;
+
+// ---- fibers ----------------------------------------------------------------------------------------------------------
+
+struct Context {
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t state;
+#endif
+  const void* stack = nullptr;  // its lowest address; AddressSanitizer wants to know
+  size_t size = 0;
+  void* shadow = nullptr;
+};
+
+#if defined(__x86_64__)
+extern "C" void fastnn_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.globl fastnn_switch_stack
+fastnn_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+#endif
+
+// Leaves `from`, goes on in `to`; returns when something switches back.
+void switch_to(Context& from, Context& to) {
+#if defined(FASTNN_WITH_ASAN)
+  __sanitizer_start_switch_fiber(&from.shadow, to.stack, to.size);
+#endif
+#if defined(__x86_64__)
+  fastnn_switch_stack(&from.stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&from.state, &to.state);
+#endif
+#if defined(FASTNN_WITH_ASAN)
+  __sanitizer_finish_switch_fiber(from.shadow, nullptr, nullptr);
+#endif
+}
+
+// ---- the block that runs ---------------------------------------------------------------------------------------------
+
+enum class State { Ready, Barrier, Warp, Done };
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int size, bytes;
+};
+
+struct Thread {
+  Context context;
+  int number, lane, warp;
+  dim3 index;
+  State state = State::Done;
+  const char* file = "";  // where it waits
+  int line = 0;
+  void* operand = nullptr;                // of the warp's instruction
+  std::vector<std::vector<Copy>> groups;  // cp.async committed and not waited for
+  std::vector<Copy> open;                 // not committed
+};
+
+struct Warp {
+  int waiting = 0, epoch = 0;
+};
+
+// Who touched two bytes of shared memory last, and when.
+struct Cell {
+  int16_t writer = -1, reader = -1, reading_warp = -1;  // -2: several
+  bool coming = false;                                  // a cp.async is on its way
+  int write_epoch = -1, write_warp_epoch = -1, read_epoch = -1, read_warp_epoch = -1;
+};
+
+std::vector<Thread>& threads = *new std::vector<Thread>;  // their stacks live as long as the program
+std::vector<Warp> warps;
+std::vector<Cell> cells(kShared / 2);
+alignas(1024) unsigned char shared[kShared];
+int shared_bytes, threads_in_block, epoch, at_barrier, done;
+Thread* current = nullptr;
+Context scheduler;
+const std::function<void()>* body = nullptr;
+std::mt19937 random_order;
+std::map<const void*, int> allowed;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "cuda host: %s; thread %d of block (%u, %u, %u), %s:%d\n", what, current ? current->number : -1,
+               blockIdx.x, blockIdx.y, blockIdx.z, current ? current->file : "", current ? current->line : 0);
+  std::abort();
+}
+
+void run_fiber() {
+#if defined(FASTNN_WITH_ASAN)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.size);
+#endif
+  for (;;) {
+    (*body)();
+    if (!current->open.empty() || !current->groups.empty()) {
+      for (const auto& group : current->groups)
+        if (!group.empty()) fail("a thread ends before its cp.async landed");
+      if (!current->open.empty()) fail("a thread ends before its cp.async was committed");
+    }
+    current->groups.clear();
+    current->state = State::Done;
+    ++done;
+    switch_to(current->context, scheduler);
+  }
+}
+
+void make_fiber(Thread& thread) {
+  void* const stack = std::aligned_alloc(64, kStack);
+  thread.context.stack = stack, thread.context.size = kStack;
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack);
+  top[-1] = nullptr;
+  top[-2] = reinterpret_cast<void*>(run_fiber);
+  for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
+  thread.context.stack_pointer = top - 8;
+#else
+  getcontext(&thread.context.state);
+  thread.context.state.uc_stack.ss_sp = stack, thread.context.state.uc_stack.ss_size = kStack;
+  makecontext(&thread.context.state, run_fiber, 0);
+#endif
+}
+
+void wait(State state, const char* file, int line) {
+  current->state = state, current->file = file, current->line = line;
+  Thread* const self = current;
+  switch_to(self->context, scheduler);
+}
+
+// Lays the lane's operand down and waits for the other 31; the last to come runs f on all of them.
+template <class Operand, class F>
+void with_warp(Operand& operand, const char* file, int line, const F& f) {
+  Warp& warp = warps[current->warp];
+  current->operand = &operand;
+  current->file = file, current->line = line;
+  if (++warp.waiting < kLanes) return wait(State::Warp, file, line);
+  Thread* const lanes = &threads[current->warp * kLanes];
+  Operand* operands[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    if (lanes[i].file != file && std::strcmp(lanes[i].file, file))
+      fail("lanes of a warp meet at different instructions");
+    if (lanes[i].line != line) fail("lanes of a warp meet at different instructions");
+    operands[i] = static_cast<Operand*>(lanes[i].operand);
+  }
+  warp.waiting = 0;
+  f(operands, lanes);
+  for (int i = 0; i < kLanes; ++i)
+    if (&lanes[i] != current) lanes[i].state = State::Ready;
+}
+
+void run_block(const std::vector<int>& order) {
+  std::fill_n(cells.begin(), (shared_bytes + 1) / 2, Cell());
+  std::fill(warps.begin(), warps.end(), Warp());
+  epoch = at_barrier = done = 0;
+  for (int i = 0; i < threads_in_block; ++i) threads[i].state = State::Ready;
+  while (done < threads_in_block) {
+    bool moved = false;
+    for (const int i : order) {
+      if (threads[i].state != State::Ready) continue;
+      moved = true;
+      current = &threads[i];
+      threadIdx = current->index;
+      switch_to(scheduler, current->context);
+    }
+    if (at_barrier == threads_in_block) {
+      for (int i = 1; i < threads_in_block; ++i)
+        if (threads[i].line != threads[0].line || std::strcmp(threads[i].file, threads[0].file)) {
+          current = &threads[i];
+          fail("threads of a block meet at different barriers");
+        }
+      for (int i = 0; i < threads_in_block; ++i) threads[i].state = State::Ready;
+      at_barrier = 0, ++epoch;
+      moved = true;
+    }
+    if (!moved && done < threads_in_block)
+      for (int i = 0; i < threads_in_block; ++i)
+        if (threads[i].state != State::Done) {
+          current = &threads[i];
+          fail(current->state == State::Barrier ? "a barrier that not all threads of the block reach"
+                                                : "an instruction of a warp that not all its lanes reach");
+        }
+  }
+  current = nullptr;
+}
+
+// ---- the watch over shared memory ------------------------------------------------------------------------------------
+
+bool ordered(const Thread& now, int other, int other_warp, int then, int then_in_warp) {
+  if (other == now.number || then != epoch) return true;
+  return other_warp == now.warp && then_in_warp != warps[now.warp].epoch;
+}
+
+size_t offset_of(const void* pointer, int bytes) {
+  const auto* p = static_cast<const unsigned char*>(pointer);
+  if (p < shared || p + bytes > shared + shared_bytes) fail("an access outside of shared memory");
+  if ((p - shared) % 2 || bytes % 2) fail("an access of an odd byte of shared memory");
+  return static_cast<size_t>(p - shared);
+}
+
+void check_read(const Thread& thread, const void* from, int bytes) {
+  const size_t offset = offset_of(from, bytes);
+  for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
+    Cell& cell = cells[i];
+    if (cell.coming) fail("shared memory read before the cp.async that fills it was waited for");
+    if (cell.writer < 0) fail("shared memory read before it was written");
+    if (!ordered(thread, cell.writer, cell.writer / kLanes, cell.write_epoch, cell.write_warp_epoch))
+      fail("shared memory read with no barrier after another thread's write");
+    if (cell.read_epoch != epoch || cell.reader == thread.number) {
+      cell.reader = static_cast<int16_t>(thread.number), cell.reading_warp = static_cast<int16_t>(thread.warp);
+    } else {
+      cell.reader = -2;
+      if (cell.reading_warp != thread.warp) cell.reading_warp = -2;
+    }
+    cell.read_epoch = epoch, cell.read_warp_epoch = warps[thread.warp].epoch;
+  }
+}
+
+void check_write(const Thread& thread, const void* to, int bytes, bool coming) {
+  const size_t offset = offset_of(to, bytes);
+  for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
+    Cell& cell = cells[i];
+    if (cell.coming) fail("shared memory written while a cp.async to it is on its way");
+    if (cell.writer >= 0 &&
+        !ordered(thread, cell.writer, cell.writer / kLanes, cell.write_epoch, cell.write_warp_epoch))
+      fail("shared memory written with no barrier after another thread's write");
+    if (cell.reader != -1 && !ordered(thread, cell.reader, cell.reading_warp, cell.read_epoch, cell.read_warp_epoch))
+      fail("shared memory written with no barrier after another thread's read");
+    cell.writer = static_cast<int16_t>(thread.number), cell.write_epoch = epoch,
+    cell.write_warp_epoch = warps[thread.warp].epoch;
+    cell.coming = coming;
+  }
+}
+
+void copy_bytes(void* to, const void* from, int bytes) {
+  for (int i = 0; i < bytes; i += 2) {
+    *reinterpret_cast<volatile uint16_t*>(static_cast<char*>(to) + i) =
+        *reinterpret_cast<const volatile uint16_t*>(static_cast<const char*>(from) + i);
+  }
+}
+
+void check_aligned(const void* pointer, int bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail(what);
+}
+
+}  // namespace
+
+// ---- launch ----------------------------------------------------------------------------------------------------------
+
+cudaError_t allow_shared(const void* kernel, int bytes) {
+  if (bytes > machine.shared_bytes) return cudaErrorInvalidValue;
+  allowed[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t execute(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  const dim3 block = config.blockDim, grid = config.gridDim;
+  const int count = static_cast<int>(block.x * block.y * block.z);
+  if (count == 0 || count > 1024 || count % kLanes) return cudaErrorInvalidConfiguration;
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  const size_t most = allowed.count(kernel) ? allowed[kernel] : 49152;
+  if (config.dynamicSmemBytes > most) return cudaErrorInvalidValue;
+  ++launches;
+  while (static_cast<int>(threads.size()) < count) threads.reserve(1024), make_fiber(threads.emplace_back());
+  warps.resize(count / kLanes);
+  threads_in_block = count, shared_bytes = static_cast<int>(config.dynamicSmemBytes);
+  blockDim = block, gridDim = grid;
+  for (int i = 0; i < count; ++i) {
+    Thread& t = threads[i];
+    t.number = i, t.lane = i % kLanes, t.warp = i / kLanes;
+    t.index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
+  }
+#if defined(FASTNN_WITH_ASAN)
+  __asan_poison_memory_region(shared, sizeof shared);
+#endif
+  body = &thread;
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) order[i] = machine.order == Machine::Backward ? count - 1 - i : i;
+  const int64_t blocks = int64_t{1} * grid.x * grid.y * grid.z;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t at = machine.order == Machine::Forward ? b : blocks - 1 - b;
+    blockIdx = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
+    if (machine.order == Machine::Shuffled) std::shuffle(order.begin(), order.end(), random_order);
+    run_block(order);
+  }
+  body = nullptr;
+  return cudaSuccess;
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------------------------
+
+unsigned char* dynamic_shared() { return shared; }
+
+void shared_load(void* value, const void* from, int bytes) {
+  check_aligned(from, bytes, "a misaligned load of shared memory");
+  check_read(*current, from, bytes);
+  copy_bytes(value, from, bytes);
+}
+
+void shared_store(void* to, const void* value, int bytes) {
+  check_aligned(to, bytes, "a misaligned store to shared memory");
+  check_write(*current, to, bytes, false);
+  copy_bytes(to, value, bytes);
+}
+
+void cp_async(void* to, const void* from, int size, int bytes) {
+  check_aligned(to, size, "cp.async to a misaligned address of shared memory");
+  check_aligned(from, size, "cp.async from a misaligned address of global memory");
+  if (bytes < 0 || bytes > size || bytes % 2) fail("cp.async of a wrong number of bytes");
+  check_write(*current, to, size, true);
+  current->open.push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), size, bytes});
+}
+
+void cp_async_commit() {
+  current->groups.push_back(std::move(current->open));
+  current->open.clear();
+}
+
+void cp_async_wait(int pending) {
+  auto& groups = current->groups;
+  const int landed = static_cast<int>(groups.size()) - pending;
+  for (int i = 0; i < landed; ++i)
+    for (const Copy& copy : groups[i]) {
+      unsigned char data[16] = {};
+      std::memcpy(data, copy.from, copy.bytes);  // a call, so AddressSanitizer watches the source
+      const size_t cell = offset_of(copy.to, copy.size) / 2;
+      for (int j = 0; j < copy.size / 2; ++j) cells[cell + j].coming = false;
+      check_write(*current, copy.to, copy.size, false);
+      copy_bytes(copy.to, data, copy.size);
+    }
+  if (landed > 0) groups.erase(groups.begin(), groups.begin() + landed);
+}
+
+// ---- instructions of a warp ------------------------------------------------------------------------------------------
+
+void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
+  struct Operand {
+    uint32_t* r;
+    const void* row;
+  } operand{r, row};
+  check_aligned(row, 16, "ldmatrix of a misaligned row");
+  with_warp(operand, transposed ? "ldmatrix.trans" : "ldmatrix", 0, [&](Operand** lanes, Thread* threads) {
+    uint16_t rows[32][8];
+    for (int i = 0; i < kLanes; ++i) {
+      check_read(threads[i], lanes[i]->row, 16);
+      copy_bytes(rows[i], lanes[i]->row, 16);
+    }
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int i = 0; i < kLanes; ++i) {
+        const int g = i / 4, t = i % 4;
+        const uint32_t low = transposed ? rows[8 * matrix + 2 * t][g] : rows[8 * matrix + g][2 * t];
+        const uint32_t high = transposed ? rows[8 * matrix + 2 * t + 1][g] : rows[8 * matrix + g][2 * t + 1];
+        lanes[i]->r[matrix] = low | high << 16;
+      }
+  });
+}
+
+static float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool half) {
+  struct Operand {
+    float* c;
+    const uint32_t *a, *b;
+  } operand{c, a, b};
+  with_warp(operand, half ? "mma.m16n8k16.f16" : "mma.m16n8k16.bf16", 0, [&](Operand** lanes, Thread*) {
+    const auto value = [&](uint32_t pair, int high) {
+      const uint16_t bits = static_cast<uint16_t>(high ? pair >> 16 : pair & 0xffff);
+      return half ? half_to_float(bits) : from_bits(uint32_t{bits} << 16);
+    };
+    float A[16][16], B[16][8];
+    for (int i = 0; i < kLanes; ++i) {
+      const int g = i / 4, t = i % 4;
+      for (int j = 0; j < 8; ++j) A[g + j / 2 % 2 * 8][2 * t + j % 2 + j / 4 * 8] = value(lanes[i]->a[j / 2], j % 2);
+      for (int j = 0; j < 4; ++j) B[2 * t + j % 2 + j / 2 * 8][g] = value(lanes[i]->b[j / 2], j % 2);
+    }
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 4; ++j) {
+        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
+        double sum = lanes[i]->c[j];
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(A[row][k]) * B[k][column];
+        lanes[i]->c[j] = static_cast<float>(sum);
+      }
+  });
+}
+
+void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operand {
+    float* c;
+    const uint32_t *a, *b;
+  } operand{c, a, b};
+  with_warp(operand, "mma.m16n8k8.tf32", 0, [&](Operand** lanes, Thread*) {
+    double A[16][8], B[8][8];
+    for (int i = 0; i < kLanes; ++i) {
+      const int g = i / 4, t = i % 4;
+      for (int j = 0; j < 4; ++j) A[g + j % 2 * 8][t + j / 2 * 4] = from_bits(lanes[i]->a[j] & ~0x1fffu);
+      for (int j = 0; j < 2; ++j) B[t + j * 4][g] = from_bits(lanes[i]->b[j] & ~0x1fffu);
+    }
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 4; ++j) {
+        double sum = lanes[i]->c[j];
+        for (int k = 0; k < 8; ++k) sum += A[i / 4 + j / 2 * 8][k] * B[k][i % 4 * 2 + j % 2];
+        lanes[i]->c[j] = static_cast<float>(sum);
+      }
+  });
+}
+
+void mma_m8n8k4_f64(double (&c)[2], double a, double b) {
+  struct Operand {
+    double *c, a, b;
+  } operand{c, a, b};
+  with_warp(operand, "mma.m8n8k4.f64", 0, [&](Operand** lanes, Thread*) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 2; ++j)
+        for (int k = 0; k < 4; ++k)
+          lanes[i]->c[j] = std::fma(lanes[i / 4 * 4 + k]->a, lanes[(i % 4 * 2 + j) * 4 + k]->b, lanes[i]->c[j]);
+  });
+}
+
+void barrier(const char* file, int line) {
+  ++at_barrier;
+  wait(State::Barrier, file, line);
+}
+
+void warp_barrier(const char* file, int line) {
+  int nothing = 0;
+  with_warp(nothing, file, line, [](int**, Thread*) { ++warps[current->warp].epoch; });
+}
+
+void shuffle(void* value, int bytes, int source_lane, const char* file, int line) {
+  struct Operand {
+    void* value;
+    int source;
+  } operand{value, source_lane};
+  with_warp(operand, file, line, [&](Operand** lanes, Thread*) {
+    unsigned char copies[kLanes][16];
+    for (int i = 0; i < kLanes; ++i) std::memcpy(copies[i], lanes[i]->value, bytes);
+    for (int i = 0; i < kLanes; ++i) std::memcpy(lanes[i]->value, copies[lanes[i]->source], bytes);
+  });
+}
+
+int lane() { return current->lane; }
+
+// ---- conversions -----------------------------------------------------------------------------------------------------
+
+float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction ? std::nanf("") : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(1.0f * fraction, -24));
+}
+
+uint16_t float_to_half(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float size = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  if (size < 6.103515625e-05f)  // subnormal: a whole number of 2^-24
+    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
+  int exponent;
+  std::frexp(size, &exponent);  // size = f 2^exponent, f in [0.5, 1)
+  const int whole = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 1024 .. 2048
+  return sign | static_cast<uint16_t>(((exponent + 14) << 10) + (whole - 1024));
+}
+
+}  // namespace fastnn::cuda::host
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration";
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto& machine = fastnn::cuda::host::machine;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = machine.multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = machine.capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = machine.capability % 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = machine.shared_bytes; break;
+    default: return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
