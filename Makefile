@@ -16,7 +16,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-SOURCES := setup.py $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print)
+SOURCES := setup.py \
+    $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print)
 RUN := PYTHONPATH="$(CURDIR)" $(PY)
 
 .PHONY: demo test bench lint test-asan test-avx512 check-cuda build clean FORCE
@@ -34,8 +35,8 @@ bench: build/.built
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu*' \
-	    'tests/cuda_host/*.cpp' 'tests/cuda_host/*.h')
+	PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror \
+	    $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu*' 'tests/cuda_host/*.cpp' 'tests/cuda_host/*.h')
 
 # The tests of the kernels again, on other builds of them, in minutes. $(1): its folder, $(2): compiler flags.
 KERNEL_TESTS := $(wildcard tests/test_testing.py tests/test_linear*.py tests/test_conv2d*.py tests/test_rnn*.py \

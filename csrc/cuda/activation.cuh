@@ -1,8 +1,8 @@
 // Every activation and its derivative, one value at a time.
 //
-// The elementary functions are those of CUDA's own library in full precision (no fast-math): expf, expm1f, tanhf, erff and
-// log1pf are within 2 ulp, their double versions within 2 ulp too, as the CUDA programming guide tables them; so is the
-// float division. The formulas are those of csrc/cpu/activation.inl. NaN goes in and comes out of every activation;
+// The elementary functions are those of CUDA's own library in full precision (no fast-math): expf, expm1f, tanhf, erff
+// and log1pf are within 2 ulp, their double versions within 2 ulp too, as the CUDA programming guide tables them; so is
+// the float division. The formulas are those of csrc/cpu/activation.inl. NaN goes in and comes out of every activation;
 // relu(NaN) is NaN.
 #pragma once
 

@@ -46,7 +46,7 @@ Status with_storage(DType dtype, const F& f) {
   return {};
 }
 
-// ---- one kernel each -------------------------------------------------------------------------------------------------
+// ---- one kernel each ------------------------------------------------------------------------------------------------
 
 RowMatrix row_matrix(const StridedMatrix& x) {
   RowMatrix matrix;
@@ -169,7 +169,7 @@ Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream
   return linear_forward_planned(p, linear_forward_plan(p), workspace, stream);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 namespace {
 

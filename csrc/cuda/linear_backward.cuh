@@ -1,9 +1,9 @@
 // The pointwise part of linear's backward: g = grad_output ⊙ f'(saved), and db, the column sums of g. The products
 // dX = g W and dW = gᵀ X are those of the forward's kernels on other strides.
 //
-// One pass: a block has 32 vectors of 16 bytes of columns and a run of rows, eight at a time; it stores g in the dtype of
-// the tensors, which is what the tensor cores multiply, and leaves its column sums, from before that rounding, in the
-// workspace. linear_column_sums_kernel adds those of the runs in their order. How long a run is depends on M alone.
+// One pass: a block has 32 vectors of 16 bytes of columns and a run of rows, eight at a time; it stores g in the dtype
+// of the tensors, which is what the tensor cores multiply, and leaves its column sums, from before that rounding, in
+// the workspace. linear_column_sums_kernel adds those of the runs in their order. How long a run is depends on M alone.
 //
 // Bound by memory: two tensors read, one written. No figure: not yet measured on a GPU.
 #pragma once

@@ -1,7 +1,7 @@
 // What happens to a tile of sums: bias, pre-activation kept where it is wanted, activation, conversion, one store.
 //
-// The sums pass through shared memory, so that a thread has 16 bytes of consecutive outputs whatever the fragment layout
-// was, and the activation's code stands once, in a loop, when the accumulators' registers are free.
+// The sums pass through shared memory, so that a thread has 16 bytes of consecutive outputs whatever the fragment
+// layout was, and the activation's code stands once, in a loop, when the accumulators' registers are free.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -50,8 +50,8 @@ FASTNN_DEVICE void linear_finish(const LinearEpilogue& e, int64_t m, int64_t n, 
   store_row(static_cast<T*>(e.output) + at, stored, count, e.vector);
 }
 
-// Where the sum (row, col) of a staged tile of COLS columns lies. Groups of eight columns are swizzled by the row, so that
-// the fragments of mma.sync, two columns of eight rows, are stored without bank conflicts.
+// Where the sum (row, col) of a staged tile of COLS columns lies. Groups of eight columns are swizzled by the row, so
+// that the fragments of mma.sync, two columns of eight rows, are stored without bank conflicts.
 template <int COLS>
 FASTNN_HOST_DEVICE constexpr int staged(int row, int col) {
   static_assert(COLS % 32 == 0);
@@ -83,7 +83,8 @@ FASTNN_DEVICE void linear_finish_tile(const LinearEpilogue& e, int64_t m, int64_
   }
 }
 
-// output = activation(Σ partial[split] + bias), the splits in their order. One thread, one output: the sums come from L2.
+// output = activation(Σ partial[split] + bias), the splits in their order. One thread, one output: the sums come from
+// L2.
 template <class T>
 __global__ void __launch_bounds__(256) linear_reduce_kernel(LinearEpilogue e, int splits) {
   using C = Compute<T>;

@@ -1,13 +1,14 @@
 // C[M, N] = f(A[M, K] · B[N, K]ᵀ + bias) without tensor cores: float32 in full precision, float64, and operands of any
 // strides in every dtype.
 //
-// A block of 16x16 threads makes a tile of 128x128 (float32) or 64x64, a thread four rows by four columns of each quarter
-// of it, in steps of 8 along K. Tiles of A and B lie with K as the slow dimension, so that a thread reads its four rows
-// and its four columns as vectors; cp.async brings them there element by element, which turns any layout into that one,
-// through a ring of four stages (16-bit operands are converted on the way, by loads and stores). Neighbouring threads take
-// elements that are neighbours in memory, whichever dimension is dense.
+// A block of 16x16 threads makes a tile of 128x128 (float32) or 64x64, a thread four rows by four columns of each
+// quarter of it, in steps of 8 along K. Tiles of A and B lie with K as the slow dimension, so that a thread reads its
+// four rows and its four columns as vectors; cp.async brings them there element by element, which turns any layout into
+// that one, through a ring of four stages (16-bit operands are converted on the way, by loads and stores). Neighbouring
+// threads take elements that are neighbours in memory, whichever dimension is dense.
 //
-// Bound by the FMA units for large K: 64 multiply-adds for four loads of 16 bytes. No figure: not yet measured on a GPU.
+// Bound by the FMA units for large K: 64 multiply-adds for four loads of 16 bytes. No figure: not yet measured on a
+// GPU.
 #pragma once
 
 #include "cuda/linear_epilogue.cuh"

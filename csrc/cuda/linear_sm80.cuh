@@ -3,13 +3,14 @@
 // A block makes a tile of 128x128 with 8 warps of 64x32, or of 64x64 with 4 warps of 32x32, in steps of 32 along K. Its
 // tiles of A and B come by cp.async through a ring of three stages (48 or 24 KiB, so that two or more blocks share a
 // multiprocessor), lie swizzled (tile.cuh), and go to registers by ldmatrix. Either operand may lie with K or with its
-// other dimension dense: ldmatrix.trans turns the second kind. Rows, columns and K past the end are filled with zeros by
-// cp.async itself; rows that are not aligned to 16 bytes are copied in narrower pieces. With splits, blockIdx.y takes its
-// share of K and leaves its sums in memory for linear_reduce_kernel, which adds them in their order.
+// other dimension dense: ldmatrix.trans turns the second kind. Rows, columns and K past the end are filled with zeros
+// by cp.async itself; rows that are not aligned to 16 bytes are copied in narrower pieces. With splits, blockIdx.y
+// takes its share of K and leaves its sums in memory for linear_reduce_kernel, which adds them in their order.
 //
 // Bound by the tensor cores for large K, by the stores for small. On sm_75 the copies are plain loads and stores and an
-// m16n8k16 is two m16n8k8. No figure: not yet measured on a GPU.
-// Source: the multistage pipeline and the swizzle are those of CUTLASS's description of sm_80 (its code was not used).
+// m16n8k16 is two m16n8k8; its 64 KiB of shared memory hold one block of the large tile. No figure: not yet measured on
+// a GPU.
+// Source: PTX ISA, fragments of m16n8k16; the pipeline is the one that CUTLASS's documentation describes for sm_80.
 #pragma once
 
 #include "cuda/linear_epilogue.cuh"
@@ -35,7 +36,8 @@ struct OperandTile {
     copy_tile<kRows, kChunks, THREADS>(tile, matrix, ALONG_K ? side : k, ALONG_K ? k : side);
   }
 
-  // The four 8x8 matrices (side, k), (side + 8, k), (side, k + 8), (side + 8, k + 8), a row of the fragment along `side`.
+  // The four 8x8 matrices (side, k), (side + 8, k), (side, k + 8), (side + 8, k + 8), a row of the fragment along
+  // `side`.
   static FASTNN_DEVICE void load(uint32_t (&r)[4], const unsigned char* tile, int side, int k) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if constexpr (ALONG_K)
@@ -133,7 +135,8 @@ struct LinearMmaKernel {
 };
 
 template <class T, int TILE, bool A_ALONG_K, bool B_ALONG_K>
-__global__ void __launch_bounds__(kMmaTiles[TILE].threads, 2) linear_mma_kernel(__grid_constant__ const LinearMma p) {
+__global__ void __launch_bounds__(kMmaTiles[TILE].threads, kArch >= 800 ? 2 : 1)
+    linear_mma_kernel(__grid_constant__ const LinearMma p) {
   LinearMmaKernel<T, TILE, A_ALONG_K, B_ALONG_K>::run(p);
 }
 

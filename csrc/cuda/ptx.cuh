@@ -1,5 +1,5 @@
-// Every PTX instruction that kernels use, each behind one function: the device's version beside the host's, which is that
-// of tests/cuda_host/shim and lets g++ run the same kernels with no GPU. `g` below is lane / 4, `t` is lane % 4.
+// Every PTX instruction that kernels use, each behind one function: the device's version beside the host's, which is
+// that of tests/cuda_host/shim and lets g++ run the same kernels with no GPU. `g` below is lane / 4, `t` is lane % 4.
 //
 // Shared memory is reached through shared_load, shared_store, cp_async and ldmatrix alone: on the host they watch every
 // access for what a GPU leaves undefined. On sm_75 cp_async copies at once, and m16n8k16 is made of two m16n8k8.
@@ -199,8 +199,8 @@ FASTNN_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const
         host::mma_m16n8k8_tf32(c, a, b));
 }
 
-// c += a b with a [8, 4], b [4, 8], c [8, 8]. a: row g, column t; b: row t of column g; c: row g, columns 2t and 2t + 1.
-// sm_80; worth it only where the chip has double-precision tensor cores (8.0, 9.0, 10.0).
+// c += a b with a [8, 4], b [4, 8], c [8, 8]. a: row g, column t; b: row t of column g; c: row g, columns 2t and 2t +
+// 1. sm_80; worth it only where the chip has double-precision tensor cores (8.0, 9.0, 10.0).
 FASTNN_DEVICE void mma_m8n8k4_f64(double (&c)[2], double a, double b) {
   if constexpr (kArch >= 800)
     FASTNN_PTX(asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+d"(c[0]),

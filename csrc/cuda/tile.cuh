@@ -1,9 +1,9 @@
-// Tiles of 16-bit elements in shared memory, in chunks of 16 bytes: where a chunk lies, and how a tile gets there from a
-// matrix of any size, alignment and row stride.
+// Tiles of 16-bit elements in shared memory, in chunks of 16 bytes: where a chunk lies, and how a tile gets there from
+// a matrix of any size, alignment and row stride.
 //
-// A row of a tile is CHUNKS chunks. ldmatrix reads the same chunk of 8 rows that follow each other, cp.async writes whole
-// rows; to do both without two lanes meeting in a bank, chunk c of row r lies at place c ^ (r mod 8) of its row, or, where
-// a row is shorter than the 128 bytes of all banks, at c ^ (r / rows in 128 bytes).
+// A row of a tile is CHUNKS chunks. ldmatrix reads the same chunk of 8 rows that follow each other, cp.async writes
+// whole rows; to do both without two lanes meeting in a bank, chunk c of row r lies at place c ^ (r mod 8) of its row,
+// or, where a row is shorter than the 128 bytes of all banks, at c ^ (r / rows in 128 bytes).
 #pragma once
 
 #include "cuda/ptx.cuh"

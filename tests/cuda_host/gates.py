@@ -2,8 +2,8 @@
 
     python gates.py build/cuda        # one <op>.<arch>.cubin and the log of ptxas, <op>.<arch>.log, an arch
 
-Every kernel must keep its registers (no spill, no stack, no local memory), and hold the instructions that it was written
-for. Without cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) only the log is read.
+Every kernel must keep its registers (no spill, no stack, no local memory), and hold the instructions that it was
+written for. Without cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) only the log is read.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// linear's gradients on the CPU, through the dispatcher, against sums in double: exact for small integers, where relu is
-// the activation or none is.
+// linear's gradients on the CPU, through the dispatcher, against sums in double: exact for small integers, where relu
+// is the activation or none is.
 #include <array>
 #include <cstdio>
 #include <cstdlib>

@@ -1,5 +1,7 @@
 // linear's CUDA kernels on the CPU, each of them against sums in double: every dtype, layout, activation and edge of a
 // tile. Inputs are small integers where no activation is asked for, so that every order of summation is exact.
+#include <sys/mman.h>
+
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -150,6 +152,32 @@ void check_dispatch() {
   host::machine = {};
 }
 
+// Rows more than 2^31 elements apart: offsets are 64 bits wide. Pages that are not touched take no memory.
+template <class T>
+void check_far_rows(LinearKernel kernel) {
+  const int64_t M = 3, N = 3, K = 40, ld = (int64_t{1} << 31) + 24;
+  const size_t bytes = static_cast<size_t>((M - 1) * ld + K) * sizeof(T);
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return;  // a machine that does not overcommit
+  T* const data = static_cast<T*>(memory);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t k = 0; k < K; ++k) data[m * ld + k] = from_double<T>(small_integer());
+  Buffer<T> output(M * N);
+  LinearForward p = {};
+  p.dtype = dtype_of<T>, p.M = M, p.N = N, p.K = K;
+  p.input = p.weight = data, p.input_row = p.weight_row = ld, p.input_col = p.weight_col = 1;
+  p.output = output.data.get();
+  ++cases;
+  bool right = linear_forward_planned(p, linear_split(kernel, 1, K, 1), {}, nullptr).ok();
+  for (int64_t i = 0; i < M * N; ++i) {
+    double sum = 0;
+    for (int64_t k = 0; k < K; ++k) sum += to_double(data[i / N * ld + k]) * to_double(data[i % N * ld + k]);
+    right &= to_double(output.data[i]) == sum;
+  }
+  munmap(memory, bytes);
+  if (!right) ++failures, std::printf("FAILED rows far apart: kernel %d\n", static_cast<int>(kernel));
+}
+
 void check_errors() {
   LinearForward p = {};
   p.dtype = DType::Float32, p.M = p.N = 5, p.K = 1000;
@@ -196,6 +224,8 @@ int main(int argc, char** argv) {
     check_dispatch<BFloat16>();
     check_dispatch<Float16>();
     check_errors();
+    check_far_rows<Float16>(LinearKernel::Mma), check_far_rows<Float16>(LinearKernel::Gemv);
+    check_far_rows<float>(LinearKernel::Simt), check_far_rows<float>(LinearKernel::Gemv);
   });
   std::printf("linear: %d cases, %d failed\n", cases, failures);
   std::fflush(stdout);

@@ -18,8 +18,8 @@ void expect(bool condition, const char* what) {
   if (!condition && ++failures <= 20) std::printf("FAILED plan: %s\n", what);
 }
 
-// A tile's chunks lie in distinct places, and neither ldmatrix (one chunk of eight rows) nor a copy of eight chunks that
-// follow each other meets in a bank: their places differ modulo 8.
+// A tile's chunks lie in distinct places, and neither ldmatrix (one chunk of eight rows) nor a copy of eight chunks
+// that follow each other meets in a bank: their places differ modulo 8.
 template <int CHUNKS>
 void check_swizzle() {
   std::set<int> places;

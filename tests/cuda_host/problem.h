@@ -1,5 +1,5 @@
-// What tests of kernels share: values of each dtype, matrices of any layout in buffers of exactly their size, activations
-// and their derivatives in double.
+// What tests of kernels share: values of each dtype, matrices of any layout in buffers of exactly their size,
+// activations and their derivatives in double.
 #pragma once
 
 #include <cmath>
@@ -78,8 +78,8 @@ struct Buffer {
   std::unique_ptr<T[]> data;
 };
 
-// A matrix by strides: with columns dense, with rows dense (transposed), or neither; `shift` elements off alignment, `gap`
-// elements between its lines.
+// A matrix by strides: with columns dense, with rows dense (transposed), or neither; `shift` elements off alignment,
+// `gap` elements between its lines.
 enum Layout { Rows, Columns, Scattered };
 template <class T>
 struct Matrix {

@@ -1,4 +1,5 @@
-// The shim itself: its instructions against plain arithmetic, and that each mistake it is there to catch ends the program.
+// The shim itself: its instructions against plain arithmetic, and that each mistake it is there to catch ends the
+// program.
 #include <sys/wait.h>
 #include <unistd.h>
 

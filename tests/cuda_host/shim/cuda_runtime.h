@@ -23,7 +23,7 @@ struct dim3 {
 // Of the thread that runs now.
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// ---- the runtime's functions that csrc/cuda calls --------------------------------------------------------------------
+// ---- the runtime's functions that csrc/cuda calls -------------------------------------------------------------------
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -49,7 +49,7 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// ---- what kernels run on ---------------------------------------------------------------------------------------------
+// ---- what kernels run on --------------------------------------------------------------------------------------------
 
 namespace fastnn::cuda::host {
 

@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kLanes = 32, kStack = 256 * 1024, kShared = 232448;
 
-// ---- fibers ----------------------------------------------------------------------------------------------------------
+// ---- fibers ---------------------------------------------------------------------------------------------------------
 
 struct Context {
 #if defined(__x86_64__)
@@ -82,7 +82,7 @@ void switch_to(Context& from, Context& to) {
 #endif
 }
 
-// ---- the block that runs ---------------------------------------------------------------------------------------------
+// ---- the block that runs --------------------------------------------------------------------------------------------
 
 enum class State { Ready, Barrier, Warp, Done };
 
@@ -228,7 +228,7 @@ void run_block(const std::vector<int>& order) {
   current = nullptr;
 }
 
-// ---- the watch over shared memory ------------------------------------------------------------------------------------
+// ---- the watch over shared memory -----------------------------------------------------------------------------------
 
 bool ordered(const Thread& now, int other, int other_warp, int then, int then_in_warp) {
   if (other == now.number || then != epoch) return true;
@@ -289,7 +289,7 @@ void check_aligned(const void* pointer, int bytes, const char* what) {
 
 }  // namespace
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 
 cudaError_t allow_shared(const void* kernel, int bytes) {
   if (bytes > machine.shared_bytes) return cudaErrorInvalidValue;
@@ -331,7 +331,7 @@ cudaError_t execute(const void* kernel, const cudaLaunchConfig_t& config, const 
   return cudaSuccess;
 }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 
 unsigned char* dynamic_shared() { return shared; }
 
@@ -375,7 +375,7 @@ void cp_async_wait(int pending) {
   if (landed > 0) groups.erase(groups.begin(), groups.begin() + landed);
 }
 
-// ---- instructions of a warp ------------------------------------------------------------------------------------------
+// ---- instructions of a warp -----------------------------------------------------------------------------------------
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
   struct Operand {
@@ -488,7 +488,7 @@ void shuffle(void* value, int bytes, int source_lane, const char* file, int line
 
 int lane() { return current->lane; }
 
-// ---- conversions -----------------------------------------------------------------------------------------------------
+// ---- conversions ----------------------------------------------------------------------------------------------------
 
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
