@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdio>
 #include <initializer_list>
 #include <string>
 
@@ -41,7 +42,10 @@ struct Label {
 inline Status failed(const Label& label, cudaError_t error, const std::string& reason) {
   std::string text = label.kernel;
   for (const auto& size : label.sizes) text += std::string(" ") + size.name + "=" + std::to_string(size.value);
-  return {static_cast<int>(error), text + ": " + reason};
+  Status status;
+  status.error = static_cast<int>(error);
+  std::snprintf(status.message, sizeof status.message, "%s: %s", text.c_str(), reason.c_str());
+  return status;
 }
 
 // kernel<<<grid, threads, shared_bytes, stream>>>(arguments...)

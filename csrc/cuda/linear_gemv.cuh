@@ -1,6 +1,6 @@
 // y[M, N] = f(x[M, K] · W[N, K]ᵀ + bias) for M <= 8, K dense in both: W is streamed once, nothing of it is kept.
 //
-// A block has 16 rows of W, and its four warps share K in turns of 128, or of 64 vectors of 16 bytes. 16-bit: a warp's
+// A block has 16 rows of W, and its four warps share K in turns: of 128 elements, or of 32 vectors. 16-bit: a warp's
 // W is the A operand of m16n8k16 and x the B operand, so that eight rows of x cost as much as one. K may be taken in
 // any order as long as both operands agree: thread t of a row loads eight elements that follow each other, 16 bytes
 // straight to registers, and gives four of them to each of two multiplications. float32, float64: dot products of a

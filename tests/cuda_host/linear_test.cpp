@@ -146,7 +146,7 @@ void check_dispatch() {
         }
         if (!right && ++failures <= 20)
           std::printf("FAILED dispatch: dtype %d %ldx%ldx%ld, sm_%d, %d multiprocessors %s\n",
-                      static_cast<int>(p.dtype), M, N, K, capability, multiprocessors, status.message.c_str());
+                      static_cast<int>(p.dtype), M, N, K, capability, multiprocessors, status.message);
       }
     }
   host::machine = {};
@@ -182,8 +182,8 @@ void check_errors() {
   LinearForward p = {};
   p.dtype = DType::Float32, p.M = p.N = 5, p.K = 1000;
   const Status status = linear_forward_planned(p, linear_split(LinearKernel::Simt, 1, p.K, 2), {}, nullptr);
-  if (status.ok() || status.message != "linear M=5 N=5 K=1000: a workspace that is too small")
-    ++failures, std::printf("FAILED: a workspace that is too small is reported as '%s'\n", status.message.c_str());
+  if (status.ok() || std::string(status.message) != "linear M=5 N=5 K=1000: a workspace that is too small")
+    ++failures, std::printf("FAILED: a workspace that is too small is reported as '%s'\n", status.message);
   const Status wrong = linear_forward_planned(p, linear_split(LinearKernel::Mma, 0, p.K, 1), {}, nullptr);
   if (wrong.ok()) ++failures, std::printf("FAILED: tensor cores in float32\n");
   cases += 2;

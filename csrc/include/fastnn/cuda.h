@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 struct CUstream_st;  // what CUDA's cudaStream_t points to
 
@@ -18,8 +17,8 @@ struct Workspace {
 
 // What became of a launch. Kernels run later, so an error inside one is not seen here.
 struct Status {
-  int error = 0;        // cudaError_t
-  std::string message;  // the kernel, its shapes, its launch and CUDA's reason; empty where all is well
+  int error = 0;           // cudaError_t
+  char message[256] = "";  // the kernel, its shapes, its launch and CUDA's reason
   bool ok() const { return error == 0; }
 };
 
