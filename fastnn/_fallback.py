@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastnn._library import _C
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _mode = "torch"
 calls: Counter[tuple[str, str]] = Counter()  # (op, reason) -> how often torch served it
@@ -32,12 +34,13 @@ def get_fallback() -> str:
     return _mode
 
 
-def why_not(*tensors: torch.Tensor | None) -> str | None:
-    """Say why no kernel takes these tensors, or None when one does."""
+def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
+    """Say why no kernel takes these tensors, or None when one does; ``op`` may have kernels for CUDA too."""
+    devices = ("cpu", "meta", "cuda") if op in _C.cuda_ops else ("cpu", "meta")
     for t in tensors:
         if t is None:
             continue
-        if t.device.type not in ("cpu", "meta"):
+        if t.device.type not in devices:
             return f"device {t.device.type} has no kernel"
         if t.layout != torch.strided:
             return f"layout {t.layout} has no kernel"
@@ -50,7 +53,7 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
 
 def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor]):
     """Serve ``op`` by torch through ``call``, or raise under ``set_fallback("error")``."""
-    reason = why_not(*tensors) or "tensor subclass has no kernel"
+    reason = why_not(*tensors, op=op) or "tensor subclass has no kernel"
     if _mode == "error":
         raise RuntimeError(
             f"fastnn.{op}: no kernel takes this input: {reason}. Call fastnn.set_fallback('torch') to let torch serve it."

@@ -78,7 +78,7 @@ def _plan(module: nn.Module) -> tuple[type, dict[str, Any]] | str | None:
         return "fastnn's own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run the model once, then accelerate it"
-    reason = _fallback.why_not(*module.parameters(recurse=False))
+    reason = _fallback.why_not(*module.parameters(recurse=False), op=family.__name__.lower())
     if reason:
         return reason
     if cls in _FAST:

@@ -107,7 +107,7 @@ def _extension(info: Info) -> None:
     info.rows += [
         ("extension", _C.__file__),
         ("kernels", f"{chosen}, of {', '.join(available)} that this CPU has (FASTNN_CPU_ISA chooses)"),
-        ("cuda", "no architecture built: tensors on a GPU go to torch"),
+        ("cuda", f"kernels of {', '.join(_C.cuda_ops)}" if _C.cuda_ops else "not built: tensors on a GPU go to torch"),
         ("fallback", _modes(_fallback)),
     ]
     asked = os.environ.get("FASTNN_CPU_ISA")

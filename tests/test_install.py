@@ -112,3 +112,21 @@ def test_ci_runs_make_test():
     text = (ROOT / ".ci/run").read_text()
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert re.findall(r"^make .*", text, re.M) == ["make test </dev/null"]
+
+
+def test_cuda_is_built_where_it_can_be_and_refused_in_words():
+    """FASTNN_CUDA: what setup.py says before it builds anything."""
+    import torch
+
+    def asked(value):
+        command = (sys.executable, "setup.py", "--version")
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"FASTNN_CUDA": value}, capture_output=True, text=True
+        )
+
+    assert "FASTNN_CUDA must be 0, 1 or auto; got 'yes'" in asked("yes").stderr
+    off = asked("0")
+    assert off.returncode == 0 and "builds the CPU kernels alone: FASTNN_CUDA is 0." in off.stdout
+    if torch.version.cuda is None:
+        assert "FASTNN_CUDA is 1, but torch" in asked("1").stderr
+        assert "is built without CUDA." in asked("auto").stdout

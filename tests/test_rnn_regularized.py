@@ -208,7 +208,9 @@ def test_dtypes(kind, options, dtype):
         assert g.dtype == dtype
         if kind != "RNN_RELU" or dtype == torch.float32:  # rounding may move relu's argument across zero
             error = (g.double() - z).abs().max() / (1 + z.abs().max())
-            assert error <= 16 * torch.finfo(dtype).eps, error
+            # Over forty draws the formula in torch's float32 is off by up to 19 eps: a norm of few units may divide by little.
+            # How exact the kernels are beside it is the matter of test_as_exact_as_torch.
+            assert error <= 32 * torch.finfo(dtype).eps, error
 
 
 @pytest.mark.parametrize("train", (False, True))

@@ -2,6 +2,7 @@
 // attention.cpp allocates and calls the kernels, attention_autograd.cpp differentiates, attention_weights.cpp is its sister.
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <array>
 #include <tuple>
 #include <vector>

@@ -1,4 +1,5 @@
 // What tells one state of some weights from another: fastnn/nn/_frozen.py packs again when it changes.
+#include <ATen/core/grad_mode.h>
 #include <cstdint>
 #include <cstring>
 #include <vector>

@@ -46,6 +46,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_isa", [] { return std::string(cpu::kIsaNames[static_cast<int>(cpu::current_isa())]); },
       "The ISA whose kernels run.");
+#ifdef FASTNN_CUDA
+  m.attr("cuda_ops") = py::make_tuple("linear");
+#else
+  m.attr("cuda_ops") = py::tuple();
+#endif
   m.def("_set_cpu_isa", set_cpu_isa, py::arg("name"), "Force the kernels of one ISA (tests).");
 }
 

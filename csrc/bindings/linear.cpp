@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "bindings/checks.h"
+#include "bindings/cuda.h"
 
 namespace fastnn::bindings {
 namespace {
@@ -69,6 +70,19 @@ void check_packed(const Tensor& packed, const Tensor& weight, int64_t N, int64_t
               " elements); got ", packed.numel(), ".");
 }
 
+// The kernels of the device that the tensors are on.
+void run(const Tensor& input, const LinearForward& p) {
+  if constexpr (kCuda)
+    if (on_cuda(input)) return call_cuda("linear", input, p, cuda::linear_forward_workspace, cuda::linear_forward);
+  cpu::linear_forward(p);
+}
+void run(const Tensor& input, const LinearBackward& p) {
+  if constexpr (kCuda)
+    if (on_cuda(input))
+      return call_cuda("linear_backward", input, p, cuda::linear_backward_workspace, cuda::linear_backward);
+  cpu::linear_backward(p);
+}
+
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Name activation,
                const OptionalTensor& packed, Tensor* preactivation) {
   const Problem q = check(input, weight, bias);
@@ -92,26 +106,26 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (preactivation) *preactivation = at::empty(q.output_shape, input.options());
   p.preactivation = preactivation ? preactivation->mutable_data_ptr() : nullptr;
   p.threads = num_threads();
-  if (output.numel() > 0) cpu::linear_forward(p);
+  if (output.numel() > 0) run(input, p);
   return output;
 }
 
-Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Name activation,
-                  const OptionalTensor& packed) {
+Tensor linear_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Name activation,
+                     const OptionalTensor& packed) {
   return forward(input, weight, bias, activation, packed, nullptr);
 }
 
-std::tuple<Tensor, Tensor> linear_train_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                            Name activation) {
+std::tuple<Tensor, Tensor> linear_train_kernel(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                               Name activation) {
   Tensor preactivation;
   Tensor output = forward(input, weight, bias, activation, std::nullopt, &preactivation);
   return {std::move(output), std::move(preactivation)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& grad_output, const Tensor& input,
-                                                       const Tensor& weight, const OptionalTensor& bias,
-                                                       const OptionalTensor& saved, Name activation,
-                                                       std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward_kernel(const Tensor& grad_output, const Tensor& input,
+                                                          const Tensor& weight, const OptionalTensor& bias,
+                                                          const OptionalTensor& saved, Name activation,
+                                                          std::array<bool, 3> output_mask) {
   const Problem q = check(input, weight, bias);
   LinearBackward p;
   p.activation = activation_of("linear_backward", activation);
@@ -143,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const Tensor& grad_output
   p.grad_weight = output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr;
   p.grad_bias = output_mask[2] ? grad_bias.mutable_data_ptr() : nullptr;
   p.threads = num_threads();
-  cpu::linear_backward(p);
+  run(input, p);
   if (grad_bias.defined() && bias && bias->sizes() != grad_bias.sizes()) {  // a bias of one element was broadcast
     grad_bias = bias->numel() == q.N ? grad_bias.reshape(bias->sizes()) : grad_bias.sum().reshape(bias->sizes());
   }
@@ -172,18 +186,18 @@ Tensor linear_pack_cpu(const Tensor& weight) {
 
 const auto& linear_op() {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::linear", "").typed<decltype(linear_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::linear", "").typed<decltype(linear_kernel)>();
   return op;
 }
 const auto& linear_train_op() {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::linear_train", "").typed<decltype(linear_train_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::linear_train", "").typed<decltype(linear_train_kernel)>();
   return op;
 }
 const auto& linear_backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::linear_backward", "")
-                             .typed<decltype(linear_backward_cpu)>();
+                             .typed<decltype(linear_backward_kernel)>();
   return op;
 }
 
@@ -244,7 +258,7 @@ py::object linear_entry(py::handle input, py::handle weight, py::handle bias, py
   const OptionalTensor b = optional_tensor_argument("linear", "bias", bias);
   const OptionalTensor panels = optional_tensor_argument("linear", "packed", packed);
   const Name name = optional_string_argument("linear", "activation", activation);
-  if (!served(x) || !served(w) || !served(b) || (b && b->dim() > 1)) return py::none();
+  if (!served_on_cuda(x) || !served_on_cuda(w) || !served_on_cuda(b) || (b && b->dim() > 1)) return py::none();
   Tensor output;
   {
     py::gil_scoped_release no_gil;
@@ -264,11 +278,18 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("linear_pack(Tensor weight) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("linear", linear_cpu);
-  m.impl("linear_train", linear_train_cpu);
-  m.impl("linear_backward", linear_backward_cpu);
+  m.impl("linear", linear_kernel);
+  m.impl("linear_train", linear_train_kernel);
+  m.impl("linear_backward", linear_backward_kernel);
   m.impl("linear_pack", linear_pack_cpu);
 }
+#ifdef FASTNN_CUDA
+TORCH_LIBRARY_IMPL(fastnn, CUDA, m) {
+  m.impl("linear", linear_kernel);
+  m.impl("linear_train", linear_train_kernel);
+  m.impl("linear_backward", linear_backward_kernel);
+}
+#endif
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) { m.impl("linear", linear_autograd); }
 
 void bind_linear(py::module_& m) {

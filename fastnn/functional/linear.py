@@ -41,7 +41,7 @@ def linear(
     Source: ``torch.nn.functional.linear``; kernels in ``csrc/cpu/linear.inl``.
     """
     if torch.compiler.is_compiling():
-        if _fallback.why_not(input, weight, bias) is None and (bias is None or bias.dim() <= 1):
+        if _fallback.why_not(input, weight, bias, op="linear") is None and (bias is None or bias.dim() <= 1):
             return torch.ops.fastnn.linear(input, weight, bias, activation, packed)
         output = None
     else:

@@ -1,0 +1,131 @@
+"""linear on a GPU: skipped where there is none, or where the extension was built without CUDA."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastnn import _C, reference, testing
+from fastnn.functional import linear
+
+HERE = torch.cuda.is_available() and "linear" in _C.cuda_ops
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not HERE, reason="needs a GPU and an extension that was built with CUDA"),
+]
+# Unit roundoff of the dtype: sums are kept in float32 (float64), results rounded once.
+SHAPES = [(1, 1, 1), (1, 4096, 257), (7, 100, 33), (8, 512, 1000), (64, 64, 64), (129, 77, 200), (512, 1024, 768)]
+
+
+def operands(rows, width, features, dtype, layout="contiguous"):
+    generator = torch.Generator("cuda").manual_seed(rows * 7 + width)
+
+    def draw(*shape):
+        x = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
+        if layout == "transposed" and x.dim() == 2:
+            x = x.t().contiguous().t()
+        if layout == "strided" and x.dim() == 2:
+            x = torch.cat((x, x), 1)[:, ::2]
+        return x.requires_grad_()
+
+    return draw(rows, width), draw(features, width), draw(features)
+
+
+def near(own, exact, size, dtype):
+    """Within a few roundings of the dtype, and of sums in float32, of the size of what is summed."""
+    eps = torch.finfo(dtype).eps + (torch.finfo(torch.float32).eps * 4 if dtype != torch.float64 else 0)
+    assert own.dtype == dtype and own.is_cuda
+    assert ((own.double() - exact).abs() <= 2 * eps * (size + exact.abs() + 1)).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_forward_and_gradients(dtype, layout):
+    for shape, activation in itertools.product(SHAPES, (None, "gelu", "relu")):
+        x, w, b = operands(*shape, dtype, layout)
+        y = linear(x, w, b, activation=activation)
+        grad = torch.randn_like(y)
+        grads = torch.autograd.grad(y, (x, w, b), grad)
+        wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+        exact = reference.linear(*wide, activation)
+        wanted = torch.autograd.grad(exact, wide, grad.double())
+        a, c, _ = (t.detach().double().abs() for t in (x, w, b))
+        near(y, exact, a @ c.t(), dtype)
+        g = grad.double().abs() * 1.2  # the steepest activation
+        near(grads[0], wanted[0], g @ c, dtype)
+        near(grads[1], wanted[1], g.t() @ a, dtype)
+        near(grads[2], wanted[2], g.sum(0), dtype)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_exact_on_small_integers(dtype):
+    for rows, width, features in SHAPES[:6]:
+        x = testing.integers((rows, width), torch.float32, -2, 2)
+        w = testing.integers((features, width), torch.float32, -2, 2)
+        exact = (x.double() @ w.double().t()).to(dtype)
+        assert torch.equal(linear(x.to("cuda", dtype), w.to("cuda", dtype)).cpu(), exact)
+
+
+def test_the_same_from_run_to_run():
+    x, w, b = operands(3, 8192, 64, torch.bfloat16)
+    runs = [torch.autograd.grad(linear(x, w, b).sum(), (x, w, b)) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(runs[0], other, strict=True))
+
+
+def test_current_stream():
+    """Two streams at once, each waiting for its own input."""
+    x, w, b = (t.detach() for t in operands(512, 1024, 768, torch.float16))
+    expected = linear(x, w, b)
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(2):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            late = x * 0
+            torch.cuda._sleep(10_000_000)
+            late.copy_(x)
+            results.append(linear(late, w, b))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in results)
+
+
+def test_captured_in_a_graph():
+    x, w, b = operands(5, 4096, 96, torch.bfloat16)  # few rows: split along K, with a workspace
+    grad = torch.randn(5, 96, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(linear(x, w, b, activation="gelu"), (x, w, b), grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(x, w, b, activation="gelu")
+        grads = torch.autograd.grad(y, (x, w, b), grad)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    again = linear(x, w, b, activation="gelu")
+    assert torch.equal(y, again)
+    for p, q in zip(grads, torch.autograd.grad(again, (x, w, b), grad), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    x, w, b = (t.detach().to("cuda:1") for t in operands(64, 128, 64, torch.float32))
+    y = linear(x, w, b)
+    assert y.device == x.device
+    torch.testing.assert_close(y, F.linear(x, w, b))
+
+
+def test_opcheck():
+    for activation in (None, "silu"):
+        args = (*operands(6, 40, 24, torch.float32), activation)
+        torch.library.opcheck(torch.ops.fastnn.linear.default, args)
+
+
+def test_no_silent_way_to_torch():
+    x, w, b = operands(64, 64, 64, torch.float16)
+    testing.assert_own_kernels(lambda: linear(x, w, b, activation="gelu").sum().backward())
