@@ -29,6 +29,8 @@ _FAST: dict[type, type] = {
 }
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
 _OWN = tuple(set(_FAST.values()))
+# The op that a family's kernels belong to, where it has some for CUDA too.
+_OPS = {nn.Linear: "linear", NonDynamicallyQuantizableLinear: "linear", nn.MultiheadAttention: "attention"}
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
 _REASON = "_fastnn_reason"  # on a module left alone: why, where that cannot be read off it later
 _ATTENTION = "_fastnn_attention"  # on a Hugging Face model: the attention it had
@@ -78,7 +80,7 @@ def _plan(module: nn.Module) -> tuple[type, dict[str, Any]] | str | None:
         return "fastnn's own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run the model once, then accelerate it"
-    reason = _fallback.why_not(*module.parameters(recurse=False), op=family.__name__.lower())
+    reason = _fallback.why_not(*module.parameters(recurse=False), op=_OPS.get(family, ""))
     if reason:
         return reason
     if cls in _FAST:

@@ -8,8 +8,31 @@
 
 #include <limits>
 
+#include "bindings/cuda.h"
+
 namespace fastnn::bindings {
 namespace {
+
+// The kernels of the device that the tensors are on. A GPU reads the seed itself, so that a captured graph draws anew.
+const int64_t* seed_of(const OptionalTensor& philox_seed) {
+  return philox_seed && philox_seed->defined() ? philox_seed->const_data_ptr<int64_t>() : nullptr;
+}
+void run(const Tensor& query, const AttentionParams& p, const OptionalTensor& philox_seed) {
+  if constexpr (kCuda)
+    if (on_cuda(query))
+      return call_cuda(
+          "attention", query, [&] { return cuda::attention_forward_workspace(p); },
+          [&](auto... where) { return cuda::attention_forward(p, seed_of(philox_seed), where...); });
+  cpu::attention_forward(p);
+}
+void run(const Tensor& query, const AttentionBackwardParams& p, const OptionalTensor& philox_seed) {
+  if constexpr (kCuda)
+    if (on_cuda(query))
+      return call_cuda(
+          "attention_backward", query, [&] { return cuda::attention_backward_workspace(p); },
+          [&](auto... where) { return cuda::attention_backward(p, seed_of(philox_seed), where...); });
+  cpu::attention_backward(p);
+}
 
 // [*lead, rows, cols] with unit stride in cols; heads lie inside positions where they do in `like`, as torch has it.
 Tensor empty_like_query(const Tensor& like, const Sizes& lead, int64_t rows, int64_t cols) {
@@ -28,32 +51,32 @@ Tensor summed(Tensor grad, const Tensor& like, bool enable_gqa) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attend(AttentionProblem& q, const Tensor& query) {
+std::tuple<Tensor, Tensor> attend(AttentionProblem& q, const Tensor& query, const OptionalTensor& philox_seed) {
   AttentionParams& p = q.params;
   Tensor output = empty_like_query(query, q.lead, p.query_length, p.value_dim);
   Tensor lse = at::empty(joined(q.lead, {p.query_length}), query.options().dtype(compute_type(query)));
   q.output_at = starts(output);
   p.output = {output.mutable_data_ptr(), q.output_at.data(), output.stride(-2)};
   p.lse = lse.mutable_data_ptr();
-  if (lse.numel() > 0) cpu::attention_forward(p);
+  if (lse.numel() > 0) run(query, p, philox_seed);
   return {std::move(output), std::move(lse)};
 }
 
-std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                                         std::optional<double> scale, bool enable_gqa, Window window,
-                                         std::optional<double> softcap, const OptionalTensor& philox_seed) {
+std::tuple<Tensor, Tensor> attention_kernel(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                                            std::optional<double> scale, bool enable_gqa, Window window,
+                                            std::optional<double> softcap, const OptionalTensor& philox_seed) {
   AttentionProblem q = check_attention(query, key, value, attn_mask,
                                        {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
-  return attend(q, query);
+  return attend(q, query, philox_seed);
 }
 
-AttentionGradients attention_backward_cpu(const Tensor& grad_output, const OptionalTensor& grad_lse,
-                                          const Tensor& query, const Tensor& key, const Tensor& value,
-                                          const OptionalTensor& attn_mask, const Tensor& output, const Tensor& lse,
-                                          double dropout_p, bool is_causal, std::optional<double> scale,
-                                          bool enable_gqa, Window window, std::optional<double> softcap,
-                                          const OptionalTensor& philox_seed, std::array<bool, 4> output_mask) {
+AttentionGradients attention_backward_kernel(const Tensor& grad_output, const OptionalTensor& grad_lse,
+                                             const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const OptionalTensor& attn_mask, const Tensor& output, const Tensor& lse,
+                                             double dropout_p, bool is_causal, std::optional<double> scale,
+                                             bool enable_gqa, Window window, std::optional<double> softcap,
+                                             const OptionalTensor& philox_seed, std::array<bool, 4> output_mask) {
   AttentionProblem q = check_attention(query, key, value, attn_mask,
                                        {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
   AttentionBackwardParams b = {};
@@ -100,7 +123,7 @@ AttentionGradients attention_backward_cpu(const Tensor& grad_output, const Optio
     b.grad_mask = grad_mask.numel() > 0 ? grad_mask.mutable_data_ptr() : nullptr;
   }
   b.forward = p;
-  cpu::attention_backward(b);
+  run(query, b, philox_seed);
   if (grad_mask.defined()) grad_mask = grad_mask.to(attn_mask->scalar_type());
   if (grad_query.defined()) grad_query = at::sum_to(std::move(grad_query), query.sizes());
   return {std::move(grad_query), summed(std::move(grad_key), key, enable_gqa),
@@ -110,7 +133,7 @@ AttentionGradients attention_backward_cpu(const Tensor& grad_output, const Optio
 // ---- Python's way in -----------------------------------------------------------------------------------------------
 
 std::optional<AttentionArguments> attention_arguments(py::handle query, py::handle key, py::handle value,
-                                                      py::handle attn_mask) {
+                                                      py::handle attn_mask, bool (*served)(const Tensor&)) {
   if (!plain(query) || !plain(key) || !plain(value) || !plain(attn_mask)) return std::nullopt;
   AttentionArguments a = {tensor_argument("attention", "query", query), tensor_argument("attention", "key", key),
                           tensor_argument("attention", "value", value),
@@ -119,9 +142,9 @@ std::optional<AttentionArguments> attention_arguments(py::handle query, py::hand
   if (!served(a.query) || !served(a.key) || !served(a.value) || !plain_mask) return std::nullopt;
   return a;
 }
-OptionalTensor draw_philox_seed(double dropout_p) {
+OptionalTensor draw_philox_seed(double dropout_p, const Tensor& query) {
   if (!(dropout_p > 0)) return std::nullopt;
-  return at::randint(std::numeric_limits<int64_t>::max(), {1}, at::TensorOptions().dtype(at::kLong));
+  return at::randint(std::numeric_limits<int64_t>::max(), {1}, query.options().dtype(at::kLong));
 }
 
 namespace {
@@ -130,13 +153,13 @@ namespace {
 py::object attention_entry(py::handle query, py::handle key, py::handle value, py::handle attn_mask, double dropout_p,
                            bool is_causal, std::optional<double> scale, bool enable_gqa,
                            const std::optional<Sizes>& window, std::optional<double> softcap, bool return_lse) {
-  const auto a = attention_arguments(query, key, value, attn_mask);
+  const auto a = attention_arguments(query, key, value, attn_mask, served_on_cuda);
   if (!a) return py::none();
   std::tuple<Tensor, Tensor> results;
   {
     py::gil_scoped_release no_gil;
     const AttentionOptions o{dropout_p, is_causal, scale, enable_gqa, window ? Window(*window) : Window(), softcap};
-    results = call_attention(a->query, a->key, a->value, a->attn_mask, o, draw_philox_seed(dropout_p));
+    results = call_attention(a->query, a->key, a->value, a->attn_mask, o, draw_philox_seed(dropout_p, a->query));
   }
   if (!return_lse) return wrap(std::move(std::get<0>(results)));
   return py::make_tuple(wrap(std::move(std::get<0>(results))), wrap(std::move(std::get<1>(results))));
@@ -155,9 +178,15 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "int[]? window, float? softcap, Tensor? philox_seed, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("attention", attention_cpu);
-  m.impl("attention_backward", attention_backward_cpu);
+  m.impl("attention", attention_kernel);
+  m.impl("attention_backward", attention_backward_kernel);
 }
+#ifdef FASTNN_CUDA
+TORCH_LIBRARY_IMPL(fastnn, CUDA, m) {
+  m.impl("attention", attention_kernel);
+  m.impl("attention_backward", attention_backward_kernel);
+}
+#endif
 
 void bind_attention(py::module_& m) { m.def("attention", attention_entry); }
 

@@ -55,25 +55,25 @@ inline AttentionOperand operand(const Tensor& t, const Sizes& at) {
 }
 
 // Allocates output and lse, and calls the kernel.
-std::tuple<Tensor, Tensor> attend(AttentionProblem& q, const Tensor& query);
+std::tuple<Tensor, Tensor> attend(AttentionProblem& q, const Tensor& query, const OptionalTensor& philox_seed);
 
 // The op, through the dispatcher.
 std::tuple<Tensor, Tensor> call_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                           const OptionalTensor& attn_mask, const AttentionOptions& o,
                                           const OptionalTensor& philox_seed);
 
-// The CPU kernels of the ops; their types are the ops' schemas.
-std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                                         std::optional<double> scale, bool enable_gqa, Window window,
-                                         std::optional<double> softcap, const OptionalTensor& philox_seed);
+// What the ops run, on the CPU and on CUDA; their types are the ops' schemas.
+std::tuple<Tensor, Tensor> attention_kernel(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                                            std::optional<double> scale, bool enable_gqa, Window window,
+                                            std::optional<double> softcap, const OptionalTensor& philox_seed);
 using AttentionGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-AttentionGradients attention_backward_cpu(const Tensor& grad_output, const OptionalTensor& grad_lse,
-                                          const Tensor& query, const Tensor& key, const Tensor& value,
-                                          const OptionalTensor& attn_mask, const Tensor& output, const Tensor& lse,
-                                          double dropout_p, bool is_causal, std::optional<double> scale,
-                                          bool enable_gqa, Window window, std::optional<double> softcap,
-                                          const OptionalTensor& philox_seed, std::array<bool, 4> output_mask);
+AttentionGradients attention_backward_kernel(const Tensor& grad_output, const OptionalTensor& grad_lse,
+                                             const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const OptionalTensor& attn_mask, const Tensor& output, const Tensor& lse,
+                                             double dropout_p, bool is_causal, std::optional<double> scale,
+                                             bool enable_gqa, Window window, std::optional<double> softcap,
+                                             const OptionalTensor& philox_seed, std::array<bool, 4> output_mask);
 
 // A context keeps the options from the forward to the backward.
 void keep_options(torch::autograd::AutogradContext* ctx, const AttentionOptions& o);
@@ -93,13 +93,13 @@ inline bool wants_gradient(const Tensor& query, const Tensor& key, const Tensor&
 }
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// What Python gave; none where no kernel takes it.
+// What Python gave; none where no kernel takes it: `served` says which tensors they take.
 struct AttentionArguments {
   Tensor query, key, value;
   OptionalTensor attn_mask;
 };
 std::optional<AttentionArguments> attention_arguments(py::handle query, py::handle key, py::handle value,
-                                                      py::handle attn_mask);
-OptionalTensor draw_philox_seed(double dropout_p);
+                                                      py::handle attn_mask, bool (*served)(const Tensor&));
+OptionalTensor draw_philox_seed(double dropout_p, const Tensor& query);
 
 }  // namespace fastnn::bindings

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> call_attention(const Tensor& query, const Tensor& key
                                           const OptionalTensor& attn_mask, const AttentionOptions& o,
                                           const OptionalTensor& philox_seed) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::attention", "").typed<decltype(attention_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastnn::attention", "").typed<decltype(attention_kernel)>();
   return op.call(query, key, value, attn_mask, o.dropout_p, o.is_causal, o.scale, o.enable_gqa, o.window, o.softcap,
                  philox_seed);
 }
@@ -41,7 +41,7 @@ std::vector<Tensor> differentiate_attention(const Tensor& grad_output, const Ten
                                             std::array<bool, 4> wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::attention_backward", "")
-                             .typed<decltype(attention_backward_cpu)>();
+                             .typed<decltype(attention_backward_kernel)>();
   const auto call = [&] {
     const Tensor grad = grad_output.defined() ? grad_output : at::zeros_like(saved[5]);
     auto [grad_query, grad_key, grad_value, grad_mask] =

@@ -15,7 +15,7 @@ int64_t product(const Sizes& sizes) {
   return n;
 }
 
-void check_options(const AttentionOptions& o, bool has_mask, const OptionalTensor& philox_seed) {
+void check_options(const Tensor& query, const AttentionOptions& o, bool has_mask, const OptionalTensor& philox_seed) {
   TORCH_CHECK(!(o.is_causal && has_mask), "fastnn.attention: attn_mask must be None when is_causal is set; got both.");
   TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, "fastnn.attention: dropout_p must be between 0 and 1; got ",
               o.dropout_p, ".");
@@ -26,6 +26,9 @@ void check_options(const AttentionOptions& o, bool has_mask, const OptionalTenso
                     ".");
   TORCH_CHECK(o.dropout_p == 0 || (philox_seed && philox_seed->numel() == 1 && philox_seed->scalar_type() == at::kLong),
               "fastnn.attention: philox_seed must be one int64 when dropout_p > 0.");
+  TORCH_CHECK(o.dropout_p == 0 || philox_seed->device() == query.device(),
+              "fastnn.attention: philox_seed must be on query's device (", query.device(), "); got ",
+              philox_seed->device(), ".");
 }
 
 }  // namespace
@@ -48,7 +51,7 @@ Sizes starts(const Tensor& t, const Sizes& lead, int64_t matrix_dims, int64_t re
 AttentionProblem check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                  const OptionalTensor& mask, const AttentionOptions& o,
                                  const OptionalTensor& philox_seed) {
-  check_options(o, mask.has_value(), philox_seed);
+  check_options(query, o, mask.has_value(), philox_seed);
   TORCH_CHECK(query.dim() >= 2 && key.dim() >= 2 && value.dim() >= 2,
               "fastnn.attention: query, key and value must have at least 2 dimensions; got ", query.sizes(), ", ",
               key.sizes(), " and ", value.sizes(), ".");
@@ -118,7 +121,8 @@ AttentionProblem check_attention(const Tensor& query, const Tensor& key, const T
   p.scale = p.head_dim == 0 ? 1 : o.scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim)));
   p.softcap = o.softcap.value_or(0);
   p.dropout_p = o.dropout_p;
-  p.philox_seed = o.dropout_p > 0 ? static_cast<uint64_t>(*philox_seed->const_data_ptr<int64_t>()) : 0;
+  const bool drawn = o.dropout_p > 0 && query.is_cpu();  // on a GPU the kernel reads the seed
+  p.philox_seed = drawn ? static_cast<uint64_t>(*philox_seed->const_data_ptr<int64_t>()) : 0;
   p.first_shift = -kAttentionNoLimit, p.last_shift = o.is_causal ? 0 : kAttentionNoLimit;
   if (o.window) {
     const int64_t left = (*o.window)[0], right = (*o.window)[1], shift = p.key_length - p.query_length;

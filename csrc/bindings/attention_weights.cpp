@@ -28,7 +28,7 @@ AttentionWeights attention_weights_cpu(const Tensor& query, const Tensor& key, c
   const Tensor rows = at::empty({2, p.heads, p.query_length}, query.options().dtype(compute_type(query)));
   p.maximum = rows[0].mutable_data_ptr(), p.sum = rows[1].mutable_data_ptr();
   p.nan_unseen = true;
-  auto [output, lse] = attend(q, query);
+  auto [output, lse] = attend(q, query, philox_seed);
 
   Sizes sizes = joined(q.lead, {p.query_length, p.key_length});
   if (average) sizes.erase(sizes.end() - 3);
@@ -118,13 +118,14 @@ AttentionWeights attention_weights_autograd(const Tensor& query, const Tensor& k
 py::object attention_weights_entry(py::handle query, py::handle key, py::handle value, py::handle attn_mask,
                                    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
                                    const std::optional<Sizes>& window, std::optional<double> softcap, bool average) {
-  const auto a = attention_arguments(query, key, value, attn_mask);
+  const auto a = attention_arguments(query, key, value, attn_mask, served);
   if (!a) return py::none();
   AttentionWeights results;
   {
     py::gil_scoped_release no_gil;
     const AttentionOptions o{dropout_p, is_causal, scale, enable_gqa, window ? Window(*window) : Window(), softcap};
-    results = call_attention_weights(a->query, a->key, a->value, a->attn_mask, o, draw_philox_seed(dropout_p), average);
+    results = call_attention_weights(a->query, a->key, a->value, a->attn_mask, o, draw_philox_seed(dropout_p, a->query),
+                                     average);
   }
   return py::make_tuple(wrap(std::move(std::get<0>(results))), wrap(std::move(std::get<2>(results))));
 }

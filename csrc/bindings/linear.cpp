@@ -73,13 +73,18 @@ void check_packed(const Tensor& packed, const Tensor& weight, int64_t N, int64_t
 // The kernels of the device that the tensors are on.
 void run(const Tensor& input, const LinearForward& p) {
   if constexpr (kCuda)
-    if (on_cuda(input)) return call_cuda("linear", input, p, cuda::linear_forward_workspace, cuda::linear_forward);
+    if (on_cuda(input))
+      return call_cuda(
+          "linear", input, [&] { return cuda::linear_forward_workspace(p); },
+          [&](auto... where) { return cuda::linear_forward(p, where...); });
   cpu::linear_forward(p);
 }
 void run(const Tensor& input, const LinearBackward& p) {
   if constexpr (kCuda)
     if (on_cuda(input))
-      return call_cuda("linear_backward", input, p, cuda::linear_backward_workspace, cuda::linear_backward);
+      return call_cuda(
+          "linear_backward", input, [&] { return cuda::linear_backward_workspace(p); },
+          [&](auto... where) { return cuda::linear_backward(p, where...); });
   cpu::linear_backward(p);
 }
 

@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
         ValueError: a negative softcap, a window of another form.
         TypeError: an argument that is no tensor.
 
-    Source: ``torch.nn.functional.scaled_dot_product_attention``; kernels in ``csrc/cpu/attention*.inl``.
+    Source: ``torch.nn.functional.scaled_dot_product_attention``; kernels in ``csrc/cpu/attention*.inl`` and ``csrc/cuda/attention*.cuh``.
     """
     if window is not None:
         window = (window, window) if isinstance(window, int) else tuple(window)
@@ -74,8 +74,8 @@ def scaled_dot_product_attention(
         is_causal, enable_gqa = False, True
     if torch.compiler.is_compiling():
         output = None
-        if _served(query, key, value, attn_mask):
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0 else None
+        if _served(query, key, value, attn_mask, "attention"):
+            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
             output = torch.ops.fastnn.attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, seed
             )
@@ -106,9 +106,9 @@ def _read(cache, is_causal, window):
     return cache.keys, cache.values, window
 
 
-def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
+def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, op: str = "") -> bool:
     plain_mask = attn_mask is None or (attn_mask.layout == torch.strided and not attn_mask.is_nested)
-    return plain_mask and _fallback.why_not(query, key, value) is None
+    return plain_mask and _fallback.why_not(query, key, value, op=op) is None
 
 
 def _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse):
