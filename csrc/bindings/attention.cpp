@@ -13,10 +13,7 @@
 namespace fastnn::bindings {
 namespace {
 
-// The kernels of the device that the tensors are on. A GPU reads the seed itself, so that a captured graph draws anew.
-const int64_t* seed_of(const OptionalTensor& philox_seed) {
-  return philox_seed && philox_seed->defined() ? philox_seed->const_data_ptr<int64_t>() : nullptr;
-}
+// The kernels of the device that the tensors are on.
 void run(const Tensor& query, const AttentionParams& p, const OptionalTensor& philox_seed) {
   if constexpr (kCuda)
     if (on_cuda(query))
@@ -133,13 +130,14 @@ AttentionGradients attention_backward_kernel(const Tensor& grad_output, const Op
 // ---- Python's way in -----------------------------------------------------------------------------------------------
 
 std::optional<AttentionArguments> attention_arguments(py::handle query, py::handle key, py::handle value,
-                                                      py::handle attn_mask, bool (*served)(const Tensor&)) {
+                                                      py::handle attn_mask) {
   if (!plain(query) || !plain(key) || !plain(value) || !plain(attn_mask)) return std::nullopt;
   AttentionArguments a = {tensor_argument("attention", "query", query), tensor_argument("attention", "key", key),
                           tensor_argument("attention", "value", value),
                           optional_tensor_argument("attention", "attn_mask", attn_mask)};
   const bool plain_mask = !a.attn_mask || (a.attn_mask->layout() == at::kStrided && !a.attn_mask->is_nested());
-  if (!served(a.query) || !served(a.key) || !served(a.value) || !plain_mask) return std::nullopt;
+  if (!served_on_cuda(a.query) || !served_on_cuda(a.key) || !served_on_cuda(a.value) || !plain_mask)
+    return std::nullopt;
   return a;
 }
 OptionalTensor draw_philox_seed(double dropout_p, const Tensor& query) {
@@ -153,7 +151,7 @@ namespace {
 py::object attention_entry(py::handle query, py::handle key, py::handle value, py::handle attn_mask, double dropout_p,
                            bool is_causal, std::optional<double> scale, bool enable_gqa,
                            const std::optional<Sizes>& window, std::optional<double> softcap, bool return_lse) {
-  const auto a = attention_arguments(query, key, value, attn_mask, served_on_cuda);
+  const auto a = attention_arguments(query, key, value, attn_mask);
   if (!a) return py::none();
   std::tuple<Tensor, Tensor> results;
   {

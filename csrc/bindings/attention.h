@@ -54,6 +54,11 @@ inline AttentionOperand operand(const Tensor& t, const Sizes& at) {
   return {t.const_data_ptr(), at.data(), t.stride(-2), t.stride(-1)};
 }
 
+// Where a GPU reads the seed itself, so that a captured graph draws anew; null: there is none.
+inline const int64_t* seed_of(const OptionalTensor& philox_seed) {
+  return philox_seed && philox_seed->defined() ? philox_seed->const_data_ptr<int64_t>() : nullptr;
+}
+
 // Allocates output and lse, and calls the kernel.
 std::tuple<Tensor, Tensor> attend(AttentionProblem& q, const Tensor& query, const OptionalTensor& philox_seed);
 
@@ -93,13 +98,13 @@ inline bool wants_gradient(const Tensor& query, const Tensor& key, const Tensor&
 }
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// What Python gave; none where no kernel takes it: `served` says which tensors they take.
+// What Python gave; none where no kernel takes it.
 struct AttentionArguments {
   Tensor query, key, value;
   OptionalTensor attn_mask;
 };
 std::optional<AttentionArguments> attention_arguments(py::handle query, py::handle key, py::handle value,
-                                                      py::handle attn_mask, bool (*served)(const Tensor&));
+                                                      py::handle attn_mask);
 OptionalTensor draw_philox_seed(double dropout_p, const Tensor& query);
 
 }  // namespace fastnn::bindings

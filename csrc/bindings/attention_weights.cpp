@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "bindings/attention.h"
+#include "bindings/cuda.h"
 
 namespace fastnn::bindings {
 namespace {
@@ -16,10 +17,21 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using AttentionWeights = std::tuple<Tensor, Tensor, Tensor>;
 
-AttentionWeights attention_weights_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                                       const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
-                                       std::optional<double> scale, bool enable_gqa, Window window,
-                                       std::optional<double> softcap, const OptionalTensor& philox_seed, bool average) {
+// The kernels of the device that the tensors are on.
+void run(const Tensor& query, const AttentionWeightsParams& p, const OptionalTensor& philox_seed) {
+  if constexpr (kCuda)
+    if (on_cuda(query))
+      return call_cuda(
+          "attention_weights", query, [] { return int64_t{0}; },
+          [&](auto, auto stream) { return cuda::attention_weights(p, seed_of(philox_seed), stream); });
+  cpu::attention_weights(p);
+}
+
+AttentionWeights attention_weights_kernel(const Tensor& query, const Tensor& key, const Tensor& value,
+                                          const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
+                                          std::optional<double> scale, bool enable_gqa, Window window,
+                                          std::optional<double> softcap, const OptionalTensor& philox_seed,
+                                          bool average) {
   AttentionProblem q = check_attention(query, key, value, attn_mask,
                                        {dropout_p, is_causal, scale, enable_gqa, window, softcap}, philox_seed);
   AttentionParams& p = q.params;
@@ -36,7 +48,7 @@ AttentionWeights attention_weights_cpu(const Tensor& query, const Tensor& key, c
   if (w.averaged == 0)  // the mean of nothing
     return {output, lse, at::full(sizes, std::numeric_limits<double>::quiet_NaN(), query.options())};
   Tensor weights = at::empty(sizes, query.options());
-  if (weights.numel() > 0) cpu::attention_weights({w.forward, w.averaged, weights.mutable_data_ptr()});
+  if (weights.numel() > 0) run(query, {w.forward, w.averaged, weights.mutable_data_ptr()}, philox_seed);
   return {std::move(output), std::move(lse), std::move(weights)};
 }
 
@@ -46,7 +58,7 @@ AttentionWeights call_attention_weights(const Tensor& query, const Tensor& key, 
                                         const OptionalTensor& philox_seed, bool average) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::attention_weights", "")
-                             .typed<decltype(attention_weights_cpu)>();
+                             .typed<decltype(attention_weights_kernel)>();
   return op.call(query, key, value, attn_mask, o.dropout_p, o.is_causal, o.scale, o.enable_gqa, o.window, o.softcap,
                  philox_seed, average);
 }
@@ -118,7 +130,7 @@ AttentionWeights attention_weights_autograd(const Tensor& query, const Tensor& k
 py::object attention_weights_entry(py::handle query, py::handle key, py::handle value, py::handle attn_mask,
                                    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
                                    const std::optional<Sizes>& window, std::optional<double> softcap, bool average) {
-  const auto a = attention_arguments(query, key, value, attn_mask, served);
+  const auto a = attention_arguments(query, key, value, attn_mask);
   if (!a) return py::none();
   AttentionWeights results;
   {
@@ -142,7 +154,10 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "float dropout_p, bool is_causal, float? scale, bool enable_gqa, int[]? window, float? softcap, "
       "Tensor? philox_seed, bool average, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
-TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("attention_weights", attention_weights_cpu); }
+TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("attention_weights", attention_weights_kernel); }
+#ifdef FASTNN_CUDA
+TORCH_LIBRARY_IMPL(fastnn, CUDA, m) { m.impl("attention_weights", attention_weights_kernel); }
+#endif
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) { m.impl("attention_weights", attention_weights_autograd); }
 
 void bind_attention_weights(py::module_& m) { m.def("attention_weights", attention_weights_entry); }

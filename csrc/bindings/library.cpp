@@ -47,7 +47,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "cpu_isa", [] { return std::string(cpu::kIsaNames[static_cast<int>(cpu::current_isa())]); },
       "The ISA whose kernels run.");
 #ifdef FASTNN_CUDA
-  m.attr("cuda_ops") = py::make_tuple("linear", "attention");
+  m.attr("cuda_ops") = py::make_tuple("linear", "attention", "attention_weights");
 #else
   m.attr("cuda_ops") = py::tuple();
 #endif

@@ -106,7 +106,7 @@ def _read(cache, is_causal, window):
     return cache.keys, cache.values, window
 
 
-def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, op: str = "") -> bool:
+def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, op: str) -> bool:
     plain_mask = attn_mask is None or (attn_mask.layout == torch.strided and not attn_mask.is_nested)
     return plain_mask and _fallback.why_not(query, key, value, op=op) is None
 

@@ -46,7 +46,8 @@ def attention_weights(
         RuntimeError, IndexError, ValueError: as ``scaled_dot_product_attention``; RuntimeError also for ``average``
             without a dimension of heads.
 
-    Source: ``torch.nn.functional.multi_head_attention_forward``; kernel in ``csrc/cpu/attention_weights.inl``.
+    Source: ``torch.nn.functional.multi_head_attention_forward``; kernels in ``csrc/cpu/attention_weights.inl`` and
+        ``csrc/cuda/attention_weights.cuh``.
     """
     if window is not None:
         window = (window, window) if isinstance(window, int) else tuple(window)
@@ -54,8 +55,8 @@ def attention_weights(
     results = None
     if not torch.compiler.is_compiling():
         results = _C.attention_weights(query, key, value, attn_mask, *options, average)
-    elif _served(query, key, value, attn_mask):
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0 else None
+    elif _served(query, key, value, attn_mask, "attention_weights"):
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
         output, _, weights = torch.ops.fastnn.attention_weights(query, key, value, attn_mask, *options, seed, average)
         results = output, weights
     if results is None:

@@ -32,6 +32,7 @@ MEANT = [
     ),
     ("attention_grad_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
     ("attention_grad_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
+    ("attention_weights_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
     ("attention_simt_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
     ("attention_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
 ]

@@ -100,6 +100,9 @@ namespace cuda {
 int64_t attention_forward_workspace(const AttentionParams& params);
 Status attention_forward(const AttentionParams& params, const int64_t* philox_seed, Workspace workspace, Stream stream);
 
+// No workspace is needed.
+Status attention_weights(const AttentionWeightsParams& params, const int64_t* philox_seed, Stream stream);
+
 // forward's maximum and sum are not used; mask_index is read as the lists of offsets are.
 int64_t attention_backward_workspace(const AttentionBackwardParams& params);
 Status attention_backward(const AttentionBackwardParams& params, const int64_t* philox_seed, Workspace workspace,
