@@ -65,7 +65,8 @@ def scaled_dot_product_attention(
         ValueError: a negative softcap, a window of another form.
         TypeError: an argument that is no tensor.
 
-    Source: ``torch.nn.functional.scaled_dot_product_attention``; kernels in ``csrc/cpu/attention*.inl`` and ``csrc/cuda/attention*.cuh``.
+    Source: ``torch.nn.functional.scaled_dot_product_attention``; kernels in ``csrc/cpu/attention*.inl``
+        and ``csrc/cuda/attention*.cuh``.
     """
     if window is not None:
         window = (window, window) if isinstance(window, int) else tuple(window)

@@ -38,7 +38,7 @@ def linear(
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: an unknown activation.
 
-    Source: ``torch.nn.functional.linear``; kernels in ``csrc/cpu/linear.inl``.
+    Source: ``torch.nn.functional.linear``; kernels in ``csrc/cpu/linear.inl`` and ``csrc/cuda/linear*.cuh``.
     """
     if torch.compiler.is_compiling():
         if _fallback.why_not(input, weight, bias, op="linear") is None and (bias is None or bias.dim() <= 1):
