@@ -60,7 +60,7 @@ struct Machine {
   bool no_driver = false;  // that encodes a tensor map
 };
 inline Machine machine;
-inline int64_t launches = 0;  // since the start
+inline int64_t launches = 0, wgmmas = 0;  // since the start
 
 cudaError_t allow_shared(const void* kernel, int bytes);
 cudaError_t execute(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);

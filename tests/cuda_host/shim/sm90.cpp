@@ -548,6 +548,7 @@ void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b,
   Wgmma operand = {d, a_registers, a, b, accumulate};
   const int kind = n * 16 + (a_registers ? 8 : 0) + a_along_k * 4 + b_along_k * 2 + half;
   with_threads(128, warpgroup_waiting(), State::Warpgroup, operand, "wgmma", kind, [&](Wgmma** all, Thread* group) {
+    ++wgmmas;
     for (int i = 0; i < 128; ++i)
       if (all[i]->a != a || all[i]->b != b || all[i]->accumulate != accumulate)
         fail("operands of a wgmma that differ between its threads");
