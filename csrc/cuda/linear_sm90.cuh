@@ -3,16 +3,17 @@
 // A block has three warpgroups and stays for as many tiles as fall to it. One thread of the first loads: tiles of
 // 128x256 or 128x128 and 64 along K by TMA, through a ring of four or six stages (192 KiB) that two mbarriers a stage
 // keep in step: full (the bytes have come) and empty (all eight consuming warps are done with it). The other two
-// multiply, 64 rows of the tile each, one batch of four wgmma in flight behind the one that is issued, and hold the sums
-// in registers, which the loading warpgroup gives up to them. Either operand may lie with K or with its other dimension
-// dense: the descriptors say which. TMA fills with zeros past the end of M, N and K; what it cannot describe stays with
-// linear_sm80.cuh. The next tile's loads run while sums leave: each warp stages its 16 rows, 64 columns at a time, in 4
-// KiB of its own. Tiles go in groups of sixteen rows, so that those of a wave are near a square of L2. With splits a
-// block's work is a tile and a share of K, and the sums go to linear_reduce_kernel.
+// multiply, 64 rows of the tile each, one batch of four wgmma in flight behind the one that is issued, and hold the
+// sums in registers, which the loading warpgroup gives up to them. Either operand may lie with K or with its other
+// dimension dense: the descriptors say which. TMA fills with zeros past the end of M, N and K; what it cannot describe
+// stays with linear_sm80.cuh. The next tile's loads run while sums leave: each warp stages its 16 rows, 64 columns at a
+// time, in 4 KiB of its own. Tiles go in groups of sixteen rows, so that those of a wave are near a square of L2. With
+// splits a block's work is a tile and a share of K, and the sums go to linear_reduce_kernel.
 //
-// Floor: 2 M N K flops at 4096 a cycle and multiprocessor; a step of the large tile, 1024 cycles of multiply-adds, reads
-// 48 KiB from L2, 48 bytes a cycle, and from shared memory 80 of 128 bytes a cycle. No figure: not yet measured on a GPU.
-// Source: PTX ISA 9.0, 9.7.15; the warp-specialised persistent pipeline is the one CUTLASS's documentation describes.
+// Floor: 2 M N K flops at 4096 a cycle and multiprocessor; a step of the large tile, 1024 cycles of multiply-adds,
+// reads 48 KiB from L2, 48 bytes a cycle, and from shared memory 80 of 128 bytes a cycle. No figure: not yet measured
+// on a GPU. Source: PTX ISA 9.0, 9.7.15; the warp-specialised persistent pipeline is the one CUTLASS's documentation
+// describes.
 #pragma once
 
 #include "cuda/linear_epilogue.cuh"

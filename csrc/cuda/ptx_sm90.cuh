@@ -96,8 +96,8 @@ FASTNN_DEVICE void prefetch_tensor_map(const TensorMap* map) {
   FASTNN_SM90(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"), (void)map);
 }
 
-// The box of the map at coordinates `at`, that of dimension 0 first, to shared memory aligned to 128 bytes; the bytes of
-// the whole box count at `bar`. By one thread.
+// The box of the map at coordinates `at`, that of dimension 0 first, to shared memory aligned to 128 bytes; the bytes
+// of the whole box count at `bar`. By one thread.
 template <int RANK>
 FASTNN_DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* bar, const int (&at)[RANK]) {
   static_assert(RANK >= 2 && RANK <= 5);

@@ -1,6 +1,6 @@
-// The descriptor that TMA copies by: a tensor of up to five dimensions and the box that one copy moves, in shared memory
-// always with the 128-byte swizzle: rows of 128 bytes, chunk c of 16 bytes at place c ^ (r mod 8), r = address / 128.
-// A kernel takes it as (a member of) a `__grid_constant__ const` parameter.
+// The descriptor that TMA copies by: a tensor of up to five dimensions and the box that one copy moves, in shared
+// memory always with the 128-byte swizzle: rows of 128 bytes, chunk c of 16 bytes at place c ^ (r mod 8), r = address /
+// 128. A kernel takes it as (a member of) a `__grid_constant__ const` parameter.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -82,7 +82,8 @@ FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64
   }
 }
 
-// Blocks in groups of eight rows (or as many as the caller wants) of tiles, so that those that run together share what they read in L2.
+// Blocks in groups of eight rows (or as many as the caller wants) of tiles, so that those that run together share what
+// they read in L2.
 struct TilePlace {
   int64_t m, n;
 };

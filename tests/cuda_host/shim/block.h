@@ -2,7 +2,8 @@
 //
 // What happened before what is kept in times: a counter that moves on at every synchronisation. Thread t knows what
 // thread u did until clock(t, u). __syncthreads makes all known to all, __syncwarp to the warp; mbarriers and named
-// barriers hand clocks on. What TMA writes is done by a thread of its own for each mbarrier, known to those that waited.
+// barriers hand clocks on. What TMA writes is done by a thread of its own for each mbarrier, known to those that
+// waited.
 #pragma once
 
 #include <cstdint>

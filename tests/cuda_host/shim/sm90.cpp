@@ -1,6 +1,6 @@
-// What sm_90a adds to execute.cpp: mbarriers, named barriers, TMA and wgmma. All of it is as late as a GPU may be: a TMA
-// load lands when a phase that it ends is waited for, a TMA store writes when it is waited for, and accumulators hold a
-// NaN from wgmma until wgmma_wait. What a GPU leaves undefined ends the program with a word about it:
+// What sm_90a adds to execute.cpp: mbarriers, named barriers, TMA and wgmma. All of it is as late as a GPU may be: a
+// TMA load lands when a phase that it ends is waited for, a TMA store writes when it is waited for, and accumulators
+// hold a NaN from wgmma until wgmma_wait. What a GPU leaves undefined ends the program with a word about it:
 //   - an mbarrier that others use, or TMA, before its initialisation reached them; too many arrivals; a phase overrun
 //   - data read before the mbarrier of its copy was waited for, memory copied to while others still read or write it
 //   - TMA or wgmma behind ordinary stores with no fence_async and barrier between
