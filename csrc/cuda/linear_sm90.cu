@@ -34,6 +34,7 @@ bool launch_tile(const Label& label, const LinearWgmmaCall& call, const LinearPl
   const int64_t blocks = std::min<int64_t>(params.work, current_device().multiprocessors);
   const auto go = [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
+    if (!has_body(linear_wgmma_kernel<T, TILE, A, B>)) return false;
     status = launch(label, linear_wgmma_kernel<T, TILE, A, B>, dim3(static_cast<unsigned>(blocks)), t.threads,
                     LinearWgmmaKernel<T, TILE, A, B>::kSharedBytes, stream, params);
     return true;

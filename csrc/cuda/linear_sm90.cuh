@@ -104,7 +104,9 @@ struct LinearWgmmaKernel {
   static FASTNN_DEVICE void finish(const LinearEpilogue& e, const float (&sums)[tile.n / 2], int64_t m, int64_t n,
                                    int split, float* staging) {
     constexpr int W = kLanes<T>;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32, col = lane % (kCols / W) * W;
+    LinearEpilogue rest = e;
+    rest.bias = nullptr;  // a thread has the same columns in all rows of a pass: it reads them once
 #pragma unroll 1
     for (int pass = 0; pass < tile.n / kCols; ++pass) {
       __syncwarp();  // nobody reads what is overwritten now
@@ -121,25 +123,32 @@ struct LinearWgmmaKernel {
             }
         }
       __syncwarp();
+      const int64_t to_n = n + pass * kCols + col;
+      const int count = static_cast<int>(e.N - to_n < W ? e.N - to_n : W);
+      float bias[W] = {};
+      if (e.bias && !e.partial) {
+#pragma unroll
+        for (int i = 0; i < W; ++i)
+          if (i < count) bias[i] = widen(static_cast<const T*>(e.bias)[to_n + i]);
+      }
 #pragma unroll 1
-      for (int index = lane; index < 16 * kCols / W; index += 32) {
-        const int row = index / (kCols / W), col = index % (kCols / W) * W;
-        const int64_t to_m = m + row, to_n = n + pass * kCols + col;
-        if (to_m >= e.M || to_n >= e.N) continue;
-        const int count = static_cast<int>(e.N - to_n < W ? e.N - to_n : W);
-        Vector<Vector<float, 4>, W / 4> parts;
+      for (int row = lane / (kCols / W); row < 16; row += 32 / (kCols / W)) {
+        const int64_t to_m = m + row;
+        if (to_m >= e.M || count <= 0) break;
+        Vector<float, 4> parts[W / 4];
 #pragma unroll
         for (int i = 0; i < W / 4; ++i)
-          parts.data[i] = ptx::shared_load<Vector<float, 4>>(staging + staged<kCols>(row, col + 4 * i));
+          parts[i] = ptx::shared_load<Vector<float, 4>>(staging + staged<kCols>(row, col + 4 * i));
         if (e.partial) {
           float* const to = static_cast<float*>(e.partial) + (split * e.M + to_m) * e.N + to_n;
 #pragma unroll
           for (int i = 0; i < W / 4; ++i)
-            if (4 * i < count)
-              store_row(to + 4 * i, parts.data[i], count - 4 * i < 4 ? count - 4 * i : 4, e.N % 4 == 0);
+            if (4 * i < count) store_row(to + 4 * i, parts[i], count - 4 * i < 4 ? count - 4 * i : 4, e.N % 4 == 0);
         } else {
-          auto values = bitcast<Vector<float, W>>(parts);
-          linear_finish<T, W>(e, to_m, to_n, count, values);
+          Vector<float, W> values;
+#pragma unroll
+          for (int i = 0; i < W; ++i) values.data[i] = parts[i / 4].data[i % 4] + bias[i];
+          linear_finish<T, W>(rest, to_m, to_n, count, values);
         }
       }
     }

@@ -26,7 +26,7 @@ inline bool linear_tma_takes(const StridedMatrix& x) {
          x.cols < kMost && (lines == 1 || (ld > 0 && ld % 8 == 0 && ld < int64_t{1} << 39));
 }
 
-// False where the driver gives no tensor map: nothing was launched then.
+// False where the driver gives no tensor map or the build has no sm_90a: nothing was launched then.
 bool launch_linear_wgmma(const Label& label, const LinearWgmmaCall& call, const LinearPlan& plan, Stream stream,
                          Status& status);
 

@@ -107,7 +107,7 @@ void check_tile(int tile) {
   }
 }
 
-// What TMA cannot describe, and a driver that gives no maps: the kernel of sm_80 has the same splits.
+// What TMA cannot describe, a driver that gives no maps, a build without sm_90a: the kernel of sm_80 has the same splits.
 template <class T>
 void check_fall_back() {
   for (const int splits : {1, 2}) {
@@ -118,7 +118,8 @@ void check_fall_back() {
     c.gap = 0, c.shift = 1, check<T>(c);
     c.shift = 0, c.a = c.b = Columns, c.gap = 2, check<T>(c);
     c.gap = 0, host::machine.no_driver = true, check<T>(c);
-    host::machine.no_driver = false;
+    host::machine.no_driver = false, host::machine.no_body = true, check<T>(c);
+    host::machine.no_body = false;
   }
 }
 

@@ -35,6 +35,9 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+  int numRegs;
+};
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -48,6 +51,7 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 
 // ---- what kernels run on --------------------------------------------------------------------------------------------
 
@@ -58,6 +62,7 @@ struct Machine {
   int capability = 80, multiprocessors = 4, shared_bytes = 101376;
   enum Order { Forward, Backward, Shuffled } order = Forward;
   bool no_driver = false;  // that encodes a tensor map
+  bool no_body = false;    // in kernels that only some architectures have one for
 };
 inline Machine machine;
 inline int64_t launches = 0, wgmmas = 0;  // since the start
