@@ -29,6 +29,17 @@ inline Device current_device() {
   return device;
 }
 
+// Whether a kernel that only some architectures have a body for has one here: where a build left that architecture out,
+// what is loaded is the empty kernel of another, which needs next to no registers.
+template <class... Parameters>
+bool has_body(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess)
+    return attributes.numRegs > 32;
+  cudaGetLastError();  // it is answered here and must not be found by the next call
+  return false;
+}
+
 // A kernel's name and the sizes it works on, for the message of a launch that failed.
 struct Label {
   const char* kernel;

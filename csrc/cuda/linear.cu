@@ -8,6 +8,7 @@
 #include "cuda/linear_launch.h"
 #include "cuda/linear_simt.cuh"
 #include "cuda/linear_sm80.cuh"
+#include "cuda/linear_sm90.h"
 
 namespace fastnn::cuda {
 namespace {
@@ -30,7 +31,8 @@ LinearPlan plan_of(const Gemm& g) {
                                  g.K,
                                  along_k(g.a) || along_rows(g.a),
                                  along_k(g.b) || along_rows(g.b),
-                                 along_k(g.a) && along_k(g.b)};
+                                 along_k(g.a) && along_k(g.b),
+                                 linear_tma_takes(g.a) && linear_tma_takes(g.b)};
   const Device device = current_device();
   return linear_plan(problem, device.capability, device.multiprocessors);
 }
@@ -105,12 +107,20 @@ Status launch_gemv(const Label& label, const Gemm& g, const LinearPlan& plan, St
 
 template <class T>
 Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
-  const Label label = {plan.kernel == LinearKernel::Mma    ? "linear_mma_kernel"
-                       : plan.kernel == LinearKernel::Simt ? "linear_simt_kernel"
-                                                           : "linear_gemv_kernel",
+  const Label label = {plan.kernel == LinearKernel::Mma     ? "linear_mma_kernel"
+                       : plan.kernel == LinearKernel::Wgmma ? "linear_wgmma_kernel"
+                       : plan.kernel == LinearKernel::Simt  ? "linear_simt_kernel"
+                                                            : "linear_gemv_kernel",
                        {{"M", g.M}, {"N", g.N}, {"K", g.K}, {"bytes", sizeof(T)}, {"tile", plan.tile}}};
   switch (plan.kernel) {
     case LinearKernel::Gemv: return launch_gemv<T>(label, g, plan, stream);
+    case LinearKernel::Wgmma:
+      if constexpr (sizeof(T) == 2) {
+        Status status;
+        if (launch_linear_wgmma(label, {g.dtype, g.K, g.a, g.b, g.epilogue}, plan, stream, status)) return status;
+        return run<T>(g, {LinearKernel::Mma, 0, plan.splits, plan.k_per_split}, stream);  // splits stay as they are
+      }
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
     case LinearKernel::Mma:
       if constexpr (sizeof(T) == 2)
         return plan.tile == 0 ? launch_mma<T, 0>(label, g, plan, stream) : launch_mma<T, 1>(label, g, plan, stream);

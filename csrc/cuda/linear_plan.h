@@ -10,25 +10,30 @@ namespace fastnn::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else.
-enum class LinearKernel : int32_t { Gemv, Mma, Simt };
+// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else. Wgmma: 16-bit
+// types on sm_90 that TMA can describe.
+enum class LinearKernel : int32_t { Gemv, Mma, Simt, Wgmma };
 
 struct LinearTile {
   int m, n, k, threads;
 };
 inline constexpr LinearTile kMmaTiles[] = {{128, 128, 32, 256}, {64, 64, 32, 128}};
 inline constexpr LinearTile kSimtTiles[] = {{128, 128, 8, 256}, {64, 64, 8, 256}};
+inline constexpr LinearTile kWgmmaTiles[] = {{128, 256, 64, 384}, {128, 128, 64, 384}};
 inline constexpr LinearTile kGemvTile = {8, 16, 128, 128};
 
 struct LinearPlan {
   LinearKernel kernel;
-  int tile;             // index into kMmaTiles or kSimtTiles
+  int tile;             // index into the kernel's tiles
   int splits;           // partial sums, added up in their order by a second kernel
   int64_t k_per_split;  // a multiple of the tile's k
 };
 
 constexpr LinearTile linear_tile(LinearKernel kernel, int tile) {
-  return kernel == LinearKernel::Mma ? kMmaTiles[tile] : kernel == LinearKernel::Simt ? kSimtTiles[tile] : kGemvTile;
+  return kernel == LinearKernel::Mma     ? kMmaTiles[tile]
+         : kernel == LinearKernel::Wgmma ? kWgmmaTiles[tile]
+         : kernel == LinearKernel::Simt  ? kSimtTiles[tile]
+                                         : kGemvTile;
 }
 
 // Splits of equal size, none of them empty: `wanted` or a few less.
@@ -47,6 +52,7 @@ struct LinearProblem {
   int64_t M, N, K;
   bool a_unit, b_unit;  // rows or columns of the operand lie dense in memory
   bool along_k;         // and in both it is the direction of K
+  bool tma = false;     // both are such as TMA can describe
 };
 
 // Multiprocessor cycles that a plan is thought to take. A step of the main loop is bound by its multiply-adds or by the
@@ -56,7 +62,14 @@ struct LinearProblem {
 constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int multiprocessors) {
   const LinearTile t = linear_tile(plan.kernel, plan.tile);
   const bool mma = plan.kernel == LinearKernel::Mma, wide = p.dtype == DType::Float64;
-  const double rate = (mma ? 1024 : wide ? 32 : 128) * (plan.tile == 0 ? 0.8 : 0.5);  // multiply-adds a cycle
+  const bool wgmma = plan.kernel == LinearKernel::Wgmma;
+  const double rate = (wgmma  ? 2048
+                       : mma  ? 1024
+                       : wide ? 32
+                              : 128) *
+                      (plan.tile == 0 ? 0.8
+                       : wgmma        ? 0.7
+                                      : 0.5);  // multiply-adds a cycle
   const double size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2;
   const double products = static_cast<double>(t.m) * t.n * t.k / rate, bytes = (t.m + t.n) * t.k * size / 48;
   const double steps = static_cast<double>(plan.k_per_split / t.k);
@@ -85,7 +98,7 @@ constexpr LinearPlan linear_plan(const LinearProblem& p, int capability, int mul
   const LinearKernel kernel = mma ? LinearKernel::Mma : LinearKernel::Simt;
   LinearPlan best = linear_split(kernel, 1, p.K, 1);
   double least = linear_cost(p, best, multiprocessors);
-  for (int tile = p.dtype == DType::Float32 || mma ? 0 : 1; tile < 2; ++tile) {
+  const auto consider = [&](LinearKernel kernel, int tile) {
     const LinearTile t = linear_tile(kernel, tile);
     const int64_t blocks = ceil_div(p.M, t.m) * ceil_div(p.N, t.n);
     for (int wanted = 1; wanted <= 32; ++wanted) {
@@ -95,7 +108,10 @@ constexpr LinearPlan linear_plan(const LinearProblem& p, int capability, int mul
       const double cost = linear_cost(p, plan, multiprocessors);
       if (cost < least) least = cost, best = plan;
     }
-  }
+  };
+  for (int tile = p.dtype == DType::Float32 || mma ? 0 : 1; tile < 2; ++tile) consider(kernel, tile);
+  if (mma && p.tma && capability == 90)
+    for (const int tile : {0, 1}) consider(LinearKernel::Wgmma, tile);
   return best;
 }
 

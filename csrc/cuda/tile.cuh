@@ -82,14 +82,15 @@ FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64
   }
 }
 
-// Blocks in groups of eight rows of tiles, so that those that run together share what they read in L2.
+// Blocks in groups of eight rows (or as many as the caller wants) of tiles, so that those that run together share what
+// they read in L2.
 struct TilePlace {
   int64_t m, n;
 };
-FASTNN_HOST_DEVICE constexpr TilePlace tile_place(int64_t index, int64_t tiles_m, int64_t tiles_n) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = index / (kGroup * tiles_n), within = index % (kGroup * tiles_n);
-  const int64_t first = group * kGroup, rows = tiles_m - first < kGroup ? tiles_m - first : kGroup;
+FASTNN_HOST_DEVICE constexpr TilePlace tile_place(int64_t index, int64_t tiles_m, int64_t tiles_n,
+                                                  int64_t group_rows = 8) {
+  const int64_t group = index / (group_rows * tiles_n), within = index % (group_rows * tiles_n);
+  const int64_t first = group * group_rows, rows = tiles_m - first < group_rows ? tiles_m - first : group_rows;
   return {first + within % rows, within / rows};
 }
 

@@ -57,11 +57,14 @@ void check_staged() {
 void check_places() {
   for (int64_t rows = 1; rows <= 20; ++rows)
     for (int64_t cols = 1; cols <= 20; ++cols) {
-      std::set<std::pair<int64_t, int64_t>> seen;
+      std::set<std::pair<int64_t, int64_t>> seen, grouped;
       for (int64_t i = 0; i < rows * cols; ++i) {
         const TilePlace place = tile_place(i, rows, cols);
         expect(place.m >= 0 && place.m < rows && place.n >= 0 && place.n < cols, "tiles are inside");
         expect(seen.insert({place.m, place.n}).second, "every tile once");
+        const TilePlace wide = tile_place(i, rows, cols, 16);
+        expect(wide.m >= 0 && wide.m < rows && wide.n >= 0 && wide.n < cols, "tiles are inside");
+        expect(grouped.insert({wide.m, wide.n}).second, "every tile once");
       }
     }
 }
@@ -76,7 +79,7 @@ void check_widths() {
 }
 
 void check_plans() {
-  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt})
+  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt, LinearKernel::Wgmma})
     for (int tile = 0; tile < 2; ++tile)
       for (int64_t K = 0; K < 1500; ++K)
         for (int wanted = 1; wanted < 9; ++wanted) {
@@ -87,18 +90,20 @@ void check_plans() {
           expect(K == 0 || (plan.splits - 1) * plan.k_per_split < K, "no split is empty");
         }
   for (const DType dtype : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16})
-    for (const int capability : {75, 80, 86, 90})
+    for (const int capability : {75, 80, 86, 90, 120})
       for (const int multiprocessors : {1, 20, 132})
         for (int64_t M = 1; M < 20000; M += 1 + M / 3)
           for (int64_t N = 1; N < 20000; N += 1 + N / 2)
             for (int64_t K = 1; K < 40000; K += 1 + K)
-              for (int layout = 0; layout < 3; ++layout) {
-                const LinearPlan plan =
-                    linear_plan({dtype, M, N, K, layout < 2, layout < 2, layout == 0}, capability, multiprocessors);
+              for (int layout = 0; layout < 5; ++layout) {  // 3 and 4: TMA can describe the operands
+                const LinearProblem problem = {dtype, M, N, K, layout != 2, layout != 2, layout % 4 == 0, layout > 2};
+                const LinearPlan plan = linear_plan(problem, capability, multiprocessors);
                 const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
-                expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && layout == 0),
+                expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && problem.along_k),
                        "gemv: a few rows along K");
-                expect(plan.kernel != LinearKernel::Mma || (half && layout < 2), "tensor cores: 16 bits, dense");
+                expect(plan.kernel != LinearKernel::Mma || (half && layout != 2), "tensor cores: 16 bits, dense");
+                expect(plan.kernel != LinearKernel::Wgmma || (half && problem.tma && capability == 90),
+                       "wgmma: 16 bits, by TMA, sm_90 and nothing after it");
                 expect(plan.kernel == LinearKernel::Simt || capability >= 80 || dtype != DType::BFloat16,
                        "no bfloat16 on tensor cores before sm_80");
                 expect(plan.kernel != LinearKernel::Simt || plan.tile == 1 || dtype == DType::Float32,
@@ -111,6 +116,15 @@ void check_plans() {
   static_assert(linear_plan(large, 80, 108).tile == 0 && linear_plan(large, 80, 108).splits == 1);
   constexpr LinearProblem narrow = {DType::BFloat16, 64, 256, 65536, true, true, true};
   static_assert(linear_plan(narrow, 80, 108).splits > 4);
+  // wgmma where TMA can have the operands: the large tile for large problems, the small one where it fills the chip.
+  constexpr LinearProblem by_tma = {DType::BFloat16, 8192, 8192, 8192, true, true, true, true};
+  static_assert(linear_plan(by_tma, 90, 132).kernel == LinearKernel::Wgmma && linear_plan(by_tma, 90, 132).tile == 0);
+  static_assert(linear_plan(by_tma, 120, 132).kernel == LinearKernel::Mma);
+  static_assert(linear_plan(large, 90, 132).kernel == LinearKernel::Mma);
+  constexpr LinearProblem middle = {DType::BFloat16, 1024, 2048, 4096, true, true, true, true};
+  static_assert(linear_plan(middle, 90, 132).kernel == LinearKernel::Wgmma && linear_plan(middle, 90, 132).tile == 1);
+  constexpr LinearProblem small = {DType::BFloat16, 32, 512, 512, true, true, true, true};
+  static_assert(linear_plan(small, 90, 132).kernel == LinearKernel::Mma);
   constexpr LinearProblem few = {DType::BFloat16, 4, 4096, 4096, true, true, true};
   static_assert(linear_plan(few, 80, 108).kernel == LinearKernel::Gemv);
 }
