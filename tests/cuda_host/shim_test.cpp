@@ -1,56 +1,19 @@
 // The shim itself: its instructions against plain arithmetic, and that each mistake it is there to catch ends the
 // program.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <functional>
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/storage.cuh"
+#include "shim_case.h"
 
 using namespace fastnn;
 using namespace fastnn::cuda;
+using namespace fastnn::cuda::shim;
 
 namespace {
 
-int failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) ++failures, std::printf("FAILED shim: %s\n", what);
-}
-
-void run(const std::function<void()>& kernel, int threads = 64) {
-  cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(static_cast<unsigned>(threads)), config.dynamicSmemBytes = 4096;
-  if (host::execute(nullptr, config, kernel) != cudaSuccess) std::abort();
-}
-
-// Whether the kernel ends the program with these words.
-void dies(const char* words, const std::function<void()>& kernel) {
-  std::fflush(nullptr);
-  int channel[2];
-  if (pipe(channel)) std::abort();
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(channel[1], 2);
-    run(kernel);
-    _exit(0);
-  }
-  close(channel[1]);
-  std::string said;
-  char buffer[512];
-  for (ssize_t count; (count = read(channel[0], buffer, sizeof buffer)) > 0;) said.append(buffer, count);
-  close(channel[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  expect(status != 0 && said.find(words) != std::string::npos, words);
-}
-
-int thread() { return static_cast<int>(threadIdx.x); }
 float* floats() { return reinterpret_cast<float*>(ptx::dynamic_shared()); }
 alignas(16) float source[256];
 
@@ -72,13 +35,13 @@ void mistakes() {
     ptx::shared_store(floats() + thread(), 2.0f);
   });
   dies("written with no barrier after another thread's write", [] { ptx::shared_store(floats(), 1.0f); });
-  dies("before the cp.async that fills it was waited for", [] {
+  dies("before the copy that fills it was waited for", [] {
     ptx::cp_async<4>(floats() + thread(), source + thread(), 4);
     ptx::cp_async_commit();
     __syncthreads();
     ptx::shared_load<float>(floats() + thread());
   });
-  dies("before the cp.async that fills it was waited for", [] {  // one group too few
+  dies("before the copy that fills it was waited for", [] {  // one group too few
     for (int i = 0; i < 2; ++i) {
       ptx::cp_async<4>(floats() + 64 * i + thread(), source + thread(), 4);
       ptx::cp_async_commit();

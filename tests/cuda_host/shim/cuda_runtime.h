@@ -57,6 +57,7 @@ namespace fastnn::cuda::host {
 struct Machine {
   int capability = 80, multiprocessors = 4, shared_bytes = 101376;
   enum Order { Forward, Backward, Shuffled } order = Forward;
+  bool no_driver = false;  // that encodes a tensor map
 };
 inline Machine machine;
 inline int64_t launches = 0;  // since the start
@@ -76,6 +77,31 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool half);
 void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_m8n8k4_f64(double (&c)[2], double a, double b);
+
+// sm_90a, see sm90.cpp.
+struct alignas(64) TensorMap {
+  void* data;
+  int rank, element;  // bytes of an element
+  int64_t sizes[5], strides[5];
+  int box[5];
+};
+void mbarrier_init(uint64_t* bar, int arrivals);
+void mbarrier_init_fence();
+void mbarrier_arrive(uint64_t* bar, int bytes);
+void mbarrier_wait(uint64_t* bar, int parity);
+void named_barrier(int id, int threads, bool waits);
+void registers(int count);
+void fence_async();
+void tma_load(void* to, const TensorMap* map, uint64_t* bar, const int* at, int rank);
+void tma_store(const TensorMap* map, const void* from, const int* at, int rank);
+void tma_store_commit();
+void tma_store_wait(int pending);
+uint32_t shared_offset(const void* pointer);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
+void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool a_along_k, bool b_along_k,
+           bool half, bool accumulate);
 
 float exp2_approximate(float x);
 float half_to_float(uint16_t bits);

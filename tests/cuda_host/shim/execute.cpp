@@ -5,6 +5,7 @@
 //   - shared memory accessed by two threads, one of them writing, with no barrier between (__syncthreads, or __syncwarp
 //     inside a warp)
 //   - misaligned cp.async and ldmatrix, shared memory out of bounds; global memory is AddressSanitizer's matter
+// sm90.cpp adds mbarriers, TMA, wgmma and named barriers, and what goes wrong with them.
 // Shared memory is poisoned for AddressSanitizer, so a pointer to it works through the functions of ptx.cuh alone.
 #include <algorithm>
 #include <cmath>
@@ -13,35 +14,39 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <string>
 #include <vector>
 
-#include "cuda_runtime.h"
+#include "block.h"
 
 #if defined(FASTNN_WITH_ASAN)  // linked with it; this file itself is compiled without, to be quick
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace fastnn::cuda::host {
+
+std::vector<Thread>& threads = *new std::vector<Thread>;  // their stacks live as long as the program
+std::vector<Warp> warps;
+std::vector<Cell> cells(kShared / 2);
+alignas(1024) unsigned char shared[kShared];
+int shared_bytes, threads_in_block;
+uint32_t now = 1, block_synced, block_started;
+Thread* current = nullptr;
+bool clocked = false;
+
 namespace {
 
-constexpr int kLanes = 32, kStack = 256 * 1024, kShared = 232448;
+constexpr int kStack = 256 * 1024;
+
+int at_barrier, done;
+Context scheduler;
+const std::function<void()>* body = nullptr;
+std::mt19937 random_order;
+std::map<const void*, int> allowed;
+std::vector<uint32_t> read_times;  // [cell, warp]
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
-
-struct Context {
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t state;
-#endif
-  const void* stack = nullptr;  // its lowest address; AddressSanitizer wants to know
-  size_t size = 0;
-  void* shadow = nullptr;
-};
 
 #if defined(__x86_64__)
 extern "C" void fastnn_switch_stack(void** save, void* load);
@@ -82,56 +87,6 @@ void switch_to(Context& from, Context& to) {
 #endif
 }
 
-// ---- the block that runs --------------------------------------------------------------------------------------------
-
-enum class State { Ready, Barrier, Warp, Done };
-
-struct Copy {
-  unsigned char* to;
-  const unsigned char* from;
-  int size, bytes;
-};
-
-struct Thread {
-  Context context;
-  int number, lane, warp;
-  dim3 index;
-  State state = State::Done;
-  const char* file = "";  // where it waits
-  int line = 0;
-  void* operand = nullptr;                // of the warp's instruction
-  std::vector<std::vector<Copy>> groups;  // cp.async committed and not waited for
-  std::vector<Copy> open;                 // not committed
-};
-
-struct Warp {
-  int waiting = 0, epoch = 0;
-};
-
-// Who touched two bytes of shared memory last, and when.
-struct Cell {
-  int16_t writer = -1, reader = -1, reading_warp = -1;  // -2: several
-  bool coming = false;                                  // a cp.async is on its way
-  int write_epoch = -1, write_warp_epoch = -1, read_epoch = -1, read_warp_epoch = -1;
-};
-
-std::vector<Thread>& threads = *new std::vector<Thread>;  // their stacks live as long as the program
-std::vector<Warp> warps;
-std::vector<Cell> cells(kShared / 2);
-alignas(1024) unsigned char shared[kShared];
-int shared_bytes, threads_in_block, epoch, at_barrier, done;
-Thread* current = nullptr;
-Context scheduler;
-const std::function<void()>* body = nullptr;
-std::mt19937 random_order;
-std::map<const void*, int> allowed;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "cuda host: %s; thread %d of block (%u, %u, %u), %s:%d\n", what, current ? current->number : -1,
-               blockIdx.x, blockIdx.y, blockIdx.z, current ? current->file : "", current ? current->line : 0);
-  std::abort();
-}
-
 void run_fiber() {
 #if defined(FASTNN_WITH_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.size);
@@ -144,6 +99,7 @@ void run_fiber() {
       if (!current->open.empty()) fail("a thread ends before its cp.async was committed");
     }
     current->groups.clear();
+    end_thread_sm90(*current);
     current->state = State::Done;
     ++done;
     switch_to(current->context, scheduler);
@@ -166,44 +122,53 @@ void make_fiber(Thread& thread) {
 #endif
 }
 
-void wait(State state, const char* file, int line) {
-  current->state = state, current->file = file, current->line = line;
-  Thread* const self = current;
-  switch_to(self->context, scheduler);
-}
-
-// Lays the lane's operand down and waits for the other 31; the last to come runs f on all of them.
-template <class Operand, class F>
-void with_warp(Operand& operand, const char* file, int line, const F& f) {
-  Warp& warp = warps[current->warp];
-  current->operand = &operand;
-  current->file = file, current->line = line;
-  if (++warp.waiting < kLanes) return wait(State::Warp, file, line);
-  Thread* const lanes = &threads[current->warp * kLanes];
-  Operand* operands[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    if (lanes[i].file != file && std::strcmp(lanes[i].file, file))
-      fail("lanes of a warp meet at different instructions");
-    if (lanes[i].line != line) fail("lanes of a warp meet at different instructions");
-    operands[i] = static_cast<Operand*>(lanes[i].operand);
-  }
-  warp.waiting = 0;
-  f(operands, lanes);
-  for (int i = 0; i < kLanes; ++i)
-    if (&lanes[i] != current) lanes[i].state = State::Ready;
+// Who waits where, in runs of threads that do the same; then the end of the program.
+[[noreturn]] void deadlock() {
+  const auto describe = [](const Thread& thread) {
+    char text[200] = "";
+    switch (thread.state) {
+      case State::Ready: return std::string("runs");
+      case State::Done: return std::string("has ended");
+      case State::Barrier: std::snprintf(text, sizeof text, "waits at %s:%d", thread.file, thread.line); break;
+      case State::Warp:
+      case State::Warpgroup:
+        std::snprintf(text, sizeof text, "waits in %s:%d for the rest of its warp or warpgroup", thread.file,
+                      thread.line);
+        break;
+      default: describe_sm90(thread, text, sizeof text);
+    }
+    return std::string(text);
+  };
+  for (int first = 0, i = 1; i <= threads_in_block; ++i)
+    if (i == threads_in_block || describe(threads[i]) != describe(threads[first])) {
+      std::fprintf(stderr, "cuda host: threads %d to %d: %s\n", first, i - 1, describe(threads[first]).c_str());
+      first = i;
+    }
+  State worst = State::Done;  // the plainest first
+  for (const State state : {State::Mbarrier, State::Named, State::Barrier, State::Warpgroup, State::Warp})
+    for (int i = 0; i < threads_in_block; ++i)
+      if (threads[i].state == state) worst = state, current = &threads[i];
+  fail(worst == State::Warp || worst == State::Warpgroup ? "an instruction of a warp that not all its lanes reach"
+       : worst == State::Barrier                         ? "a barrier that not all threads of the block reach"
+                                                         : "a deadlock: all threads wait for each other");
 }
 
 void run_block(const std::vector<int>& order) {
   std::fill_n(cells.begin(), (shared_bytes + 1) / 2, Cell());
   std::fill(warps.begin(), warps.end(), Warp());
-  epoch = at_barrier = done = 0;
+  read_times.resize(std::max(read_times.size(), cells.size() * warps.size()));
+  at_barrier = done = 0;
+  block_started = block_synced = now++;
+  clocked = false;
+  start_block_sm90();
   for (int i = 0; i < threads_in_block; ++i) threads[i].state = State::Ready;
   while (done < threads_in_block) {
     bool moved = false;
     for (const int i : order) {
+      current = &threads[i];
+      if (threads[i].state == State::Mbarrier && wake(threads[i])) threads[i].state = State::Ready;
       if (threads[i].state != State::Ready) continue;
       moved = true;
-      current = &threads[i];
       threadIdx = current->index;
       switch_to(scheduler, current->context);
     }
@@ -214,26 +179,78 @@ void run_block(const std::vector<int>& order) {
           fail("threads of a block meet at different barriers");
         }
       for (int i = 0; i < threads_in_block; ++i) threads[i].state = State::Ready;
-      at_barrier = 0, ++epoch;
+      at_barrier = 0, block_synced = now++;
       moved = true;
     }
-    if (!moved && done < threads_in_block)
-      for (int i = 0; i < threads_in_block; ++i)
-        if (threads[i].state != State::Done) {
-          current = &threads[i];
-          fail(current->state == State::Barrier ? "a barrier that not all threads of the block reach"
-                                                : "an instruction of a warp that not all its lanes reach");
-        }
+    if (!moved && done < threads_in_block) deadlock();
   }
+  end_block_sm90();
   current = nullptr;
 }
 
-// ---- the watch over shared memory -----------------------------------------------------------------------------------
+}  // namespace
 
-bool ordered(const Thread& now, int other, int other_warp, int then, int then_in_warp) {
-  if (other == now.number || then != epoch) return true;
-  return other_warp == now.warp && then_in_warp != warps[now.warp].epoch;
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "cuda host: %s; thread %d of block (%u, %u, %u), %s:%d\n", what, current ? current->number : -1,
+               blockIdx.x, blockIdx.y, blockIdx.z, current ? current->file : "", current ? current->line : 0);
+  std::abort();
 }
+
+void wait(State state, const char* file, int line) {
+  current->state = state, current->file = file, current->line = line;
+  Thread* const self = current;
+  switch_to(self->context, scheduler);
+}
+
+// ---- clocks ---------------------------------------------------------------------------------------------------------
+
+static std::vector<Clock> clocks;
+
+Clock& clock_of(int thread) { return clocks[thread]; }
+
+void start_clocks() {  // times of earlier blocks are too early to matter
+  if (clocked) return;
+  clocked = true;
+  clocks.resize(std::max(clocks.size(), size_t(threads_in_block)));
+  for (int i = 0; i < threads_in_block; ++i) clocks[i].assign(threads_in_block + kMbarriers, block_synced);
+}
+
+void join(Clock& clock, const Clock& other) {
+  if (clock.size() < other.size()) clock.resize(other.size());
+  uint32_t* const a = clock.data();
+  const uint32_t* const b = other.data();
+  for (size_t i = 0, size = other.size(); i < size; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+}
+
+void release(const Thread& thread, Clock& to) {
+  start_clocks();
+  join(to, clocks[thread.number]);
+  for (int i = thread.number / kLanes * kLanes, end = i + kLanes; i < end; ++i)
+    to[i] = std::max(to[i], i == thread.number ? now : warps[thread.warp].synced);
+}
+
+void acquire(const Thread& thread, const Clock& from) {
+  start_clocks();
+  join(clocks[thread.number], from);
+}
+
+bool known(const Thread& thread, int other, uint32_t time) {
+  if (other == thread.number || time <= block_synced) return true;
+  if (other < threads_in_block && other / kLanes == thread.warp && time <= warps[thread.warp].synced) return true;
+  return clocked && clocks[thread.number][other] >= time;
+}
+
+// Whether the thread knows of all that all lanes of a warp did until then.
+static bool known_of_warp(const Thread& thread, int warp, uint32_t time) {
+  if (time <= block_synced || (warp == thread.warp && time <= warps[warp].synced)) return true;
+  if (!clocked) return false;
+  const uint32_t* const lanes = clocks[thread.number].data() + warp * kLanes;
+  for (int i = 0; i < kLanes; ++i)
+    if (lanes[i] < time && warp * kLanes + i != thread.number) return false;
+  return true;
+}
+
+// ---- the watch over shared memory -----------------------------------------------------------------------------------
 
 size_t offset_of(const void* pointer, int bytes) {
   const auto* p = static_cast<const unsigned char*>(pointer);
@@ -243,36 +260,46 @@ size_t offset_of(const void* pointer, int bytes) {
 }
 
 void check_read(const Thread& thread, const void* from, int bytes) {
-  const size_t offset = offset_of(from, bytes);
+  const size_t offset = offset_of(from, bytes), count = warps.size();
   for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
     Cell& cell = cells[i];
-    if (cell.coming) fail("shared memory read before the cp.async that fills it was waited for");
+    if (cell.barrier) fail("an mbarrier read as data");
+    if (cell.coming) fail("shared memory read before the copy that fills it was waited for");
     if (cell.writer < 0) fail("shared memory read before it was written");
-    if (!ordered(thread, cell.writer, cell.writer / kLanes, cell.write_epoch, cell.write_warp_epoch))
+    if (!known(thread, cell.writer, cell.write_time))
       fail("shared memory read with no barrier after another thread's write");
-    if (cell.read_epoch != epoch || cell.reader == thread.number) {
-      cell.reader = static_cast<int16_t>(thread.number), cell.reading_warp = static_cast<int16_t>(thread.warp);
-    } else {
-      cell.reader = -2;
-      if (cell.reading_warp != thread.warp) cell.reading_warp = -2;
-    }
-    cell.read_epoch = epoch, cell.read_warp_epoch = warps[thread.warp].epoch;
+    // Who knows of this read knows of those that this thread knew of: they need not be remembered.
+    const uint32_t own = 1u << thread.warp;
+    if (cell.reader >= 0 ? known(thread, cell.reader, cell.read_time)
+                         : cell.read_time <= block_synced ||
+                               (cell.reading_warps == own && cell.read_time <= warps[thread.warp].synced))
+      cell.reading_warps = 0;
+    cell.reader = cell.reading_warps == 0 ? static_cast<int16_t>(thread.number) : -2;
+    cell.reading_warps |= own;
+    read_times[i * count + thread.warp] = cell.read_time = now;
   }
 }
 
 void check_write(const Thread& thread, const void* to, int bytes, bool coming) {
-  const size_t offset = offset_of(to, bytes);
+  const size_t offset = offset_of(to, bytes), count = warps.size();
+  check_written_async(thread, offset, bytes);
   for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
     Cell& cell = cells[i];
-    if (cell.coming) fail("shared memory written while a cp.async to it is on its way");
-    if (cell.writer >= 0 &&
-        !ordered(thread, cell.writer, cell.writer / kLanes, cell.write_epoch, cell.write_warp_epoch))
+    if (cell.barrier) fail("an mbarrier written as data");
+    if (cell.coming) fail("shared memory written while a copy to it is on its way");
+    if (cell.writer >= 0 && !known(thread, cell.writer, cell.write_time))
       fail("shared memory written with no barrier after another thread's write");
-    if (cell.reader != -1 && !ordered(thread, cell.reader, cell.reading_warp, cell.read_epoch, cell.read_warp_epoch))
-      fail("shared memory written with no barrier after another thread's read");
-    cell.writer = static_cast<int16_t>(thread.number), cell.write_epoch = epoch,
-    cell.write_warp_epoch = warps[thread.warp].epoch;
-    cell.coming = coming;
+    if (cell.reading_warps && cell.reader != thread.number) {
+      for (uint32_t mask = cell.reading_warps; mask; mask &= mask - 1) {
+        const int warp = __builtin_ctz(mask);
+        const uint32_t time = read_times[i * count + warp];
+        if (cell.reader >= 0 ? !known(thread, cell.reader, time) : !known_of_warp(thread, warp, time))
+          fail("shared memory written with no barrier after another thread's read");
+      }
+    }
+    cell.writer = static_cast<int16_t>(thread.number), cell.write_time = now;
+    cell.reader = -1, cell.reading_warps = 0;
+    cell.coming = coming, cell.stored = true;
   }
 }
 
@@ -286,8 +313,6 @@ void copy_bytes(void* to, const void* from, int bytes) {
 void check_aligned(const void* pointer, int bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail(what);
 }
-
-}  // namespace
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
@@ -471,7 +496,14 @@ void barrier(const char* file, int line) {
 
 void warp_barrier(const char* file, int line) {
   int nothing = 0;
-  with_warp(nothing, file, line, [](int**, Thread*) { ++warps[current->warp].epoch; });
+  with_warp(nothing, file, line, [](int**, Thread* lanes) {
+    if (clocked) {
+      Clock all;
+      for (int i = 0; i < kLanes; ++i) join(all, clocks[lanes[i].number]);
+      for (int i = 0; i < kLanes; ++i) clocks[lanes[i].number] = all;
+    }
+    warps[current->warp].synced = now++;
+  });
 }
 
 void shuffle(void* value, int bytes, int source_lane, const char* file, int line) {
