@@ -32,7 +32,7 @@ struct HeadAxes {
 };
 
 struct AttentionTiled {
-  alignas(64) TensorMap query, key, value;
+  TensorMap query, key, value;
   HeadAxes query_heads, key_heads, value_heads;
   uint32_t tiles, section;  // tiles of all heads; heads of a section
   AttentionForward forward;
@@ -365,7 +365,9 @@ struct AttentionWgmmaKernel {
           release(memory.empty + key.index);
           limit(step);
           softmax(state, s, alpha, c);
-          ptx::hold_registers(s);  // all of this before the wait, beside the product
+          // All of this beside the product that still runs: ptxas would move it behind the wait, but not across the
+          // branch that waiting (for what is there already) is.
+          ptx::hold_registers(s);
           ptx::mbarrier_wait(memory.full + slot.index, slot.parity);
           ptx::wgmma_wait<0>(out);
           release(memory.empty + slot.index);
@@ -397,6 +399,7 @@ struct AttentionWgmmaKernel {
         ptx::mbarrier_init(memory.full + i, 1), ptx::mbarrier_init(memory.empty + i, kWarps);
       ptx::mbarrier_init(memory.query_full, 1), ptx::mbarrier_init(memory.query_empty, kWarps);
       ptx::mbarrier_init_fence();
+      ptx::prefetch_tensor_map(&a.query), ptx::prefetch_tensor_map(&a.key), ptx::prefetch_tensor_map(&a.value);
     }
     __syncthreads();
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);

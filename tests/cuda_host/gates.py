@@ -30,6 +30,12 @@ MEANT = [
         80,
         ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
     ),
+    (
+        "attention_wgmma_kernel",
+        90,
+        ["HGMMA.64", "UTMALDG.5D", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "MUFU.EX2", "STG.E.128"],
+    ),
+    ("attention_wgmma_kernel", 100, []),  # of sm_90a alone: empty elsewhere
     ("attention_grad_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
     ("attention_grad_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
     ("attention_simt_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
@@ -38,7 +44,7 @@ MEANT = [
 NEVER = ("LDL", "STL")
 # bfloat16 has no matrix instruction on sm_75, and attention's widest tiles are not built there: never chosen.
 EXEMPT = {75: ("8BFloat16", "attention_mma_kernelINS_7Float16ELi8E", "attention_mma_kernelINS_7Float16ELi11E")}
-WARNINGS = ("C7508", "C7511", "C7515")  # setmaxnreg ignored, wgmma serialised
+WARNINGS = ("C7508", "C7510", "C7511", "C7515")  # setmaxnreg ignored, wgmma serialised
 
 
 def registers(log: str) -> list[str]:
