@@ -310,6 +310,14 @@ struct AttentionWgmmaKernel {
     }
   }
 
+  // The turns at the tensor cores, which the first group has to begin with.
+  static FASTNN_DEVICE void take_turn(int group) {
+    if (kTakeTurns) ptx::named_barrier(1 + group, kBothGroups);
+  }
+  static FASTNN_DEVICE void give_turn(int group) {
+    if (kTakeTurns) ptx::named_barrier_arrive(2 - group, kBothGroups);
+  }
+
   static FASTNN_DEVICE void consume(const AttentionTiled& a, int group) {
     const AttentionForward& p = a.forward;
     const Shared memory = shared();
@@ -320,19 +328,37 @@ struct AttentionWgmmaKernel {
     const auto release = [&](uint64_t* empty) {  // each warp for itself: the others may still read
       if (lane == 0) ptx::mbarrier_arrive(empty);
     };
-    // The turn at the tensor cores is the first group's to begin with.
-    if (kTakeTurns && group == 1) ptx::named_barrier_arrive(1, kBothGroups);
+    if (group == 1) give_turn(group);
 
     Slot slot;
     int turn = 0;
     each_work(a, [&](uint32_t head, int r0, TileRange tiles) {
       const int mine = r0 + group * kGroupRows, first_query = mine + 16 * warp + lane / 4;
+      if (mine >= p.rows) {  // no rows of its own: slots go back as they come, turns go by
+        if (tiles.begin >= tiles.end) return;
+        const auto pass = [&] {
+          ptx::mbarrier_wait(memory.full + slot.index, slot.parity);
+          release(memory.empty + slot.index);
+          slot.next();
+        };
+        ptx::mbarrier_wait(memory.query_full, turn & 1);
+        release(memory.query_empty);
+        ++turn;
+        pass();
+#pragma unroll 1
+        for (int step = tiles.begin + 1; step < tiles.end; ++step) take_turn(group), give_turn(group), pass(), pass();
+        return pass();
+      }
       State state = {{kMinusInfinity<float>, kMinusInfinity<float>}, {}};
       float out[kOut] = {};
       if (tiles.begin < tiles.end) {
         const KeyRange seen = visible_keys(p, mine, mine + kGroupRows);
         float s[kScores], alpha[2];
         uint32_t weights[kSteps][4];
+        const auto release_keys = [&](int index, int step) {
+          release(memory.empty + index);
+          if (step + 1 == tiles.end) release(memory.query_empty);
+        };
         const auto limit = [&](int step) {
           const int k0 = step * kKeys;
           if (k0 < seen.all_begin || k0 + kKeys > seen.all_end) limit_scores(p, s, first_query, k0, lane);
@@ -343,7 +369,7 @@ struct AttentionWgmmaKernel {
         ptx::wgmma_fence(s);
         multiply_keys(s, query, moved(keys, slot.index * kSlotBytes));
         ptx::wgmma_wait<0>(s);
-        release(memory.empty + slot.index);
+        release_keys(slot.index, tiles.begin);
         slot.next();
         limit(tiles.begin);
         softmax(state, s, alpha, c);
@@ -354,15 +380,15 @@ struct AttentionWgmmaKernel {
           const Slot key = slot;
           slot.next();
           ptx::mbarrier_wait(memory.full + key.index, key.parity);
-          if (kTakeTurns) ptx::named_barrier(1 + group, kBothGroups);
+          take_turn(group);
           ptx::wgmma_fence(s);
           multiply_keys(s, query, moved(keys, key.index * kSlotBytes));
           ptx::mbarrier_wait(memory.full + slot.index, slot.parity);
           fence(out, weights);
           multiply_values(out, weights, moved(values, slot.index * kSlotBytes));
-          if (kTakeTurns) ptx::named_barrier_arrive(2 - group, kBothGroups);
+          give_turn(group);
           ptx::wgmma_wait<1>(s);
-          release(memory.empty + key.index);
+          release_keys(key.index, step);
           limit(step);
           softmax(state, s, alpha, c);
           // All of this beside the product that still runs: ptxas would move it behind the wait, but not across the
@@ -377,7 +403,6 @@ struct AttentionWgmmaKernel {
           for (int i = 0; i < kOut; ++i) out[i] *= alpha[i / 2 % 2];
         }
 
-        release(memory.query_empty);
         ptx::mbarrier_wait(memory.full + slot.index, slot.parity);
         fence(out, weights);
         multiply_values(out, weights, moved(values, slot.index * kSlotBytes));
@@ -388,7 +413,7 @@ struct AttentionWgmmaKernel {
       }
       store(p, state, out, head, first_query, lane);
     });
-    if (kTakeTurns && group == 0) ptx::named_barrier(1, kBothGroups);  // the turn that nobody took
+    if (group == 0) take_turn(group);  // the last, which nobody took
   }
 
   static FASTNN_DEVICE void run(const AttentionTiled& a) {
