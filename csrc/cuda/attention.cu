@@ -21,14 +21,16 @@ Status launch_mma(const AttentionParams& p, const AttentionPlan& plan, const Att
 }
 
 template <class T>
-Status run(const AttentionParams& p, const AttentionPlan& plan, const AttentionForward& f, Stream stream) {
+Status run(const AttentionParams& p, const AttentionPlan& plan, const AttentionForward& f, Stream stream, bool& told) {
   const Device device = current_device();
   const int64_t blocks = p.heads / plan.heads * f.row_tiles;
   if (blocks > std::numeric_limits<int32_t>::max())
     return refused("attention", p, plan, "more blocks than a grid holds");
   dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.splits));
   Status status;
-  if (plan.kernel == AttentionKernel::Mma) {
+  if (plan.kernel == AttentionKernel::Wgmma) {
+    status = attention_sm90_forward(p, plan, f, stream, told);
+  } else if (plan.kernel == AttentionKernel::Mma) {
     const bool fits =
         attention_fits(attention_problem(p), kAttentionTiles[plan.tile], device.capability, device.shared_bytes);
     if constexpr (sizeof(T) == 2)
@@ -46,6 +48,25 @@ Status run(const AttentionParams& p, const AttentionPlan& plan, const AttentionF
   if (!status.ok() || plan.splits == 1) return status;
   return launch_labelled("attention_merge_kernel", p, plan, attention_merge_kernel<T>,
                          dim3(static_cast<unsigned>((f.rows_of_all + 3) / 4)), 128, 0, stream, f, plan.splits);
+}
+
+// `told`: false where the plan's kernel wants tensor maps and there are none.
+Status forward(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed, Workspace workspace,
+               Stream stream, bool& told) {
+  if (p.heads == 0 || p.query_length == 0) return {};
+  AttentionForward f;
+  if (const char* reason = fill(p, plan, f)) return refused("attention", p, plan, reason);
+  f.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
+  if (workspace.bytes < attention_partial_bytes(attention_problem(p), plan.splits))
+    return refused("attention", p, plan, "a workspace that is too small");
+  f.partial = plan.splits > 1 ? workspace.data : nullptr;
+  switch (p.dtype) {
+    case DType::Float32: return run<float>(p, plan, f, stream, told);
+    case DType::Float64: return run<double>(p, plan, f, stream, told);
+    case DType::BFloat16: return run<BFloat16>(p, plan, f, stream, told);
+    case DType::Float16: return run<Float16>(p, plan, f, stream, told);
+  }
+  return {};
 }
 
 }  // namespace
@@ -67,7 +88,9 @@ AttentionProblem attention_problem(const AttentionParams& p) {
 
 AttentionPlan attention_forward_plan(const AttentionParams& p) {
   const Device device = current_device();
-  return attention_plan(attention_problem(p), device.capability, device.multiprocessors, device.shared_bytes);
+  AttentionProblem problem = attention_problem(p);
+  problem.tiled = device.capability == 90 && !problem.general && attention_tiled(p);
+  return attention_plan(problem, device.capability, device.multiprocessors, device.shared_bytes);
 }
 
 int64_t attention_forward_workspace(const AttentionParams& p) {
@@ -76,24 +99,19 @@ int64_t attention_forward_workspace(const AttentionParams& p) {
 
 Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
                                  Workspace workspace, Stream stream) {
-  if (p.heads == 0 || p.query_length == 0) return {};
-  AttentionForward f;
-  if (const char* reason = fill(p, plan, f)) return refused("attention", p, plan, reason);
-  f.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
-  if (workspace.bytes < attention_partial_bytes(attention_problem(p), plan.splits))
-    return refused("attention", p, plan, "a workspace that is too small");
-  f.partial = plan.splits > 1 ? workspace.data : nullptr;
-  switch (p.dtype) {
-    case DType::Float32: return run<float>(p, plan, f, stream);
-    case DType::Float64: return run<double>(p, plan, f, stream);
-    case DType::BFloat16: return run<BFloat16>(p, plan, f, stream);
-    case DType::Float16: return run<Float16>(p, plan, f, stream);
-  }
-  return {};
+  bool told = true;
+  return forward(p, plan, philox_seed, workspace, stream, told);
 }
 
 Status attention_forward(const AttentionParams& p, const int64_t* philox_seed, Workspace workspace, Stream stream) {
-  return attention_forward_planned(p, attention_forward_plan(p), philox_seed, workspace, stream);
+  bool told = true;
+  const Status status = forward(p, attention_forward_plan(p), philox_seed, workspace, stream, told);
+  if (told) return status;
+  // No tensor maps: without them, then, and in one split, since the workspace is that of the other plan.
+  const AttentionProblem problem = attention_problem(p);
+  const Device device = current_device();
+  const AttentionPlan plan = attention_plan(problem, device.capability, device.multiprocessors, device.shared_bytes);
+  return attention_forward_planned(p, attention_split(plan, problem, 1), philox_seed, workspace, stream);
 }
 
 }  // namespace fastnn::cuda

@@ -12,4 +12,11 @@ AttentionPlan attention_forward_plan(const AttentionParams& p);
 Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
                                  Workspace workspace, Stream stream);
 
+// attention_sm90.cu: whether TMA can tell where query, key and value lie; and the launch of plan.kernel Wgmma. `told` is
+// false where the tensor maps could not be made, since the driver would not: nothing was launched then.
+struct AttentionForward;
+bool attention_tiled(const AttentionParams& p);
+Status attention_sm90_forward(const AttentionParams& p, const AttentionPlan& plan, const AttentionForward& f,
+                              Stream stream, bool& told);
+
 }  // namespace fastnn::cuda

@@ -9,8 +9,8 @@
 
 namespace fastnn::cuda {
 
-// Mma: tensor cores, 16-bit types. Simt: everything else.
-enum class AttentionKernel : int32_t { Mma, Simt };
+// Mma: tensor cores, 16-bit types. Wgmma: those of sm_90a, for many queries. Simt: everything else.
+enum class AttentionKernel : int32_t { Mma, Simt, Wgmma };
 
 // `width`: of head_dim and of value_dim, padded with zeros. The four warps share the rows, or the keys of a step in
 // four parts where rows are few. `general`: knows masks, soft cap and dropout.
@@ -24,6 +24,18 @@ inline constexpr AttentionTile kAttentionTiles[] = {
     {256, 64, 32, 1, true},  {64, 16, 64, 4, true},   {128, 16, 64, 4, true},  {256, 16, 64, 4, true},
 };
 inline constexpr int kAttentionTileCount = 12, kAttentionThreads = 128;
+
+// Tiles of sm_90a. `slots`: tiles of keys or of values in the ring, as many as a multiprocessor's 227 KiB hold beside the
+// queries; at width 64, where eight are four steps ahead, no more. Two groups of four warps have 64 rows each.
+struct AttentionWgmmaTile {
+  int width, rows, keys, slots;
+};
+inline constexpr AttentionWgmmaTile kAttentionWgmmaTiles[] = {{64, 128, 128, 8}, {128, 128, 128, 6}, {256, 128, 64, 5}};
+inline constexpr int kAttentionWgmmaTileCount = 3, kAttentionWgmmaThreads = 384;
+// Behind the tiles: a pair of barriers a slot, and a pair for the queries.
+constexpr int attention_wgmma_shared_bytes(const AttentionWgmmaTile& t) {
+  return (t.rows + t.slots * t.keys) * t.width * 2 + (2 * t.slots + 2) * 8;
+}
 
 // Rows of the two tiles without tensor cores, keys of a step.
 inline constexpr int kAttentionSimtRows[] = {64, 16}, kAttentionSimtKeys = 64, kAttentionSimtThreads = 256;
@@ -52,27 +64,32 @@ struct AttentionProblem {
   int64_t heads, group, query_length, head_dim, value_dim;
   int64_t key_begin, key_end;  // keys that some query may see
   bool general;
+  bool tiled = false;  // TMA can tell where query, key and value lie; asked for where the chip has it
 };
 
 struct AttentionPlan {
   AttentionKernel kernel;
-  int tile;   // index into kAttentionTiles or kAttentionSimtRows
+  int tile;   // index into kAttentionTiles, kAttentionSimtRows or kAttentionWgmmaTiles
   int heads;  // of an item: the rows of so many heads that share key and value stand in one tile
   int splits;
   int64_t tiles_per_split, first_tile;  // tiles along the keys
 };
 
 constexpr int attention_rows(AttentionKernel kernel, int tile) {
-  return kernel == AttentionKernel::Mma ? kAttentionTiles[tile].rows : kAttentionSimtRows[tile];
+  return kernel == AttentionKernel::Mma     ? kAttentionTiles[tile].rows
+         : kernel == AttentionKernel::Wgmma ? kAttentionWgmmaTiles[tile].rows
+                                            : kAttentionSimtRows[tile];
 }
 constexpr int attention_keys(AttentionKernel kernel, int tile) {
-  return kernel == AttentionKernel::Mma ? kAttentionTiles[tile].keys : kAttentionSimtKeys;
+  return kernel == AttentionKernel::Mma     ? kAttentionTiles[tile].keys
+         : kernel == AttentionKernel::Wgmma ? kAttentionWgmmaTiles[tile].keys
+                                            : kAttentionSimtKeys;
 }
 // Blocks before the keys are split. Without tensor cores a block has 128 columns of value (64 in double).
 constexpr int64_t attention_blocks(const AttentionProblem& p, const AttentionPlan& plan) {
   const int64_t rows = attention_rows(plan.kernel, plan.tile), columns = p.dtype == DType::Float64 ? 64 : 128;
   const int64_t chunks =
-      plan.kernel == AttentionKernel::Mma || p.value_dim <= columns ? 1 : (p.value_dim + columns - 1) / columns;
+      plan.kernel != AttentionKernel::Simt || p.value_dim <= columns ? 1 : (p.value_dim + columns - 1) / columns;
   return p.heads / plan.heads * ((plan.heads * p.query_length + rows - 1) / rows) * chunks;
 }
 
@@ -99,7 +116,15 @@ constexpr bool attention_fits(const AttentionProblem& p, const AttentionTile& t,
          attention_shared_bytes(t, 10 * capability) <= shared_bytes;
 }
 
+constexpr bool attention_wgmma_fits(const AttentionProblem& p, const AttentionWgmmaTile& t, int capability,
+                                    int shared_bytes) {
+  const bool half = p.dtype == DType::Float16 || p.dtype == DType::BFloat16;
+  return half && capability == 90 && p.tiled && !p.general && p.head_dim <= t.width && p.value_dim <= t.width &&
+         attention_wgmma_shared_bytes(t) <= shared_bytes;
+}
+
 inline constexpr int kFewRows = 16;
+inline constexpr int kManyRows = 64;  // one group of four warps has work at least
 inline constexpr int64_t kMostAttentionPartialBytes = int64_t{64} << 20;
 
 constexpr AttentionPlan attention_plan(const AttentionProblem& p, int capability, int multiprocessors,
@@ -109,6 +134,9 @@ constexpr AttentionPlan attention_plan(const AttentionProblem& p, int capability
   const bool packed = p.query_length <= 8 && group * p.query_length <= 1024;
   AttentionPlan plan = {AttentionKernel::Simt, 0, packed ? static_cast<int>(group) : 1, 1, 1, 0};
   const bool few = plan.heads * p.query_length <= kFewRows;
+  for (int i = 0; i < kAttentionWgmmaTileCount && plan.kernel == AttentionKernel::Simt; ++i)
+    if (p.query_length >= kManyRows && attention_wgmma_fits(p, kAttentionWgmmaTiles[i], capability, shared_bytes))
+      plan.kernel = AttentionKernel::Wgmma, plan.tile = i;
   for (const bool want_few : {true, false}) {
     if (want_few && !few) continue;
     for (int i = 0; i < kAttentionTileCount && plan.kernel == AttentionKernel::Simt; ++i)
@@ -117,13 +145,25 @@ constexpr AttentionPlan attention_plan(const AttentionProblem& p, int capability
         plan.kernel = AttentionKernel::Mma, plan.tile = i;
   }
   if (plan.kernel == AttentionKernel::Simt) plan.tile = few ? 1 : 0;
-  // Two blocks to a multiprocessor keep enough loads in flight; a split has at least 256 keys (4 steps or more).
+  // Two blocks to a multiprocessor keep enough loads in flight (of wgmma's one has it all); a split has at least four
+  // steps, and 256 keys.
+  const bool whole = plan.kernel == AttentionKernel::Wgmma;
   const int64_t blocks = attention_blocks(p, plan), keys = p.key_end - p.key_begin;
-  int64_t wanted = blocks > 0 && blocks < multiprocessors ? 2 * multiprocessors / blocks : 1;
-  if (wanted > keys / 256) wanted = keys / 256;
+  const int64_t least = whole && attention_keys(plan.kernel, plan.tile) > 64 ? 512 : 256;
+  int64_t wanted = blocks > 0 && blocks < multiprocessors ? (whole ? 1 : 2) * multiprocessors / blocks : 1;
+  if (wanted > keys / least) wanted = keys / least;
   if (wanted > 128) wanted = 128;
   while (wanted > 1 && attention_partial_bytes(p, static_cast<int>(wanted)) > kMostAttentionPartialBytes) wanted /= 2;
   return attention_split(plan, p, wanted < 1 ? 1 : wanted);
+}
+
+inline constexpr int64_t kAttentionSectionBytes = int64_t{16} << 20;  // of keys and values: a third of the L2 of sm_90
+// Heads of a section: one where all rows see about as many keys, since then no order is better than rows in turn.
+constexpr int64_t attention_section(int64_t heads, int64_t group, int64_t bytes_of_head, bool uneven) {
+  if (!uneven) return 1;
+  const int64_t fit = bytes_of_head > 0 ? kAttentionSectionBytes / bytes_of_head : heads;
+  const int64_t section = (fit < 1 ? 1 : fit) * group;
+  return section < heads ? section : heads;
 }
 
 }  // namespace fastnn::cuda

@@ -1,10 +1,12 @@
 // attention's index maths and plans, exhaustively: where chunks of tiles lie, the ring's size, which kernel and how
 // many splits.
+#include <algorithm>
 #include <cstdio>
 #include <set>
 
 #include "cuda/attention_simt.cuh"
 #include "cuda/attention_sm80.cuh"
+#include "cuda/attention_sm90.cuh"
 
 using namespace fastnn;
 using namespace fastnn::cuda;
@@ -62,6 +64,54 @@ void check_simt_keys() {
   expect(Kernel::kSharedBytes <= 65536, "a block fits sm_75");
 }
 
+// Every tile of wgmma's is taken by one block at one turn; heads come in sections, in each the later rows first.
+void check_order() {
+  for (uint32_t heads : {1, 2, 7, 24})
+    for (uint32_t row_tiles : {1, 2, 5, 16})
+      for (uint32_t section = 1; section <= heads; section += 1 + section / 3) {
+        const uint32_t tiles = heads * row_tiles;
+        std::set<uint32_t> places;
+        AttentionWork last = {};
+        for (uint32_t i = 0; i < tiles; ++i) {
+          const AttentionWork work = attention_work(i, heads, row_tiles, section);
+          expect(work.head < heads && work.row_tile < row_tiles, "a tile of a head");
+          expect(places.insert(work.head * row_tiles + work.row_tile).second, "each tile comes once");
+          if (i > 0)
+            expect(work.head / section > last.head / section ||
+                       (work.head / section == last.head / section && work.row_tile <= last.row_tile),
+                   "sections in turn, later rows first");
+          last = work;
+        }
+        expect(places.size() == tiles, "every tile comes");
+        for (uint32_t blocks = 1; blocks <= tiles; blocks += 1 + blocks / 2) {
+          std::set<uint32_t> indices;
+          for (uint32_t block = 0; block < blocks; ++block)
+            for (uint32_t turn = 0; attention_turn(turn, block, blocks) < tiles; ++turn)
+              expect(indices.insert(attention_turn(turn, block, blocks)).second, "each tile has one block");
+          expect(indices.size() == tiles, "every tile has a block");
+        }
+      }
+  // With a causal limit a tile takes as long as its rows are late: the longest block hardly longer than the mean.
+  const uint32_t heads = 32, row_tiles = 32, blocks = 132;
+  uint64_t longest = 0, all = 0;
+  for (uint32_t block = 0; block < blocks; ++block) {
+    uint64_t own = 0;
+    for (uint32_t turn = 0, at; (at = attention_turn(turn, block, blocks)) < heads * row_tiles; ++turn)
+      own += attention_work(at, heads, row_tiles, heads).row_tile + 1;
+    all += own, longest = own > longest ? own : longest;
+  }
+  expect(longest * blocks * 100 <= all * 106, "causal tiles are shared out evenly");
+  static_assert(attention_section(32, 4, int64_t{4} << 20, true) == 16, "four keys and values of 4 MiB");
+  static_assert(attention_section(32, 4, int64_t{1} << 30, true) == 4, "one, if more do not fit");
+  static_assert(attention_section(6, 2, 0, true) == 6 && attention_section(6, 2, 1024, true) == 6);
+  static_assert(attention_section(6, 2, 1024, false) == 1);
+  for (const AttentionWgmmaTile& t : kAttentionWgmmaTiles) {
+    expect(attention_wgmma_shared_bytes(t) <= 232448, "a block fits a multiprocessor of sm_90");
+    expect(t.slots >= 4, "two steps of keys and values in the ring");
+    expect(t.keys * t.width * 2 % 1024 == 0 && t.rows * t.width * 2 % 1024 == 0, "swizzled tiles start on 1024 bytes");
+  }
+}
+
 void check_plans() {
   for (const DType dtype : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16})
     for (const int capability : {75, 80, 86, 90})
@@ -70,15 +120,27 @@ void check_plans() {
           for (int64_t S = 0; S < 100000; S += 1 + S)
             for (const int64_t group : {1, 3, 8, 71})
               for (const int64_t D : {0, 1, 33, 64, 80, 128, 160, 256, 257})
-                for (const bool general : {false, true}) {
+                for (const int kind : {0, 1, 2}) {
+                  const bool general = kind == 1, tiled = kind == 2;
                   const int64_t begin = S / 3 * (L % 2), V = D == 80 ? 300 : D;
-                  const AttentionProblem p = {dtype, 2 * group, group, L, D, V, begin, S, general};
-                  const int shared = capability == 75 ? 65536 : capability == 80 ? 166912 : 101376;
+                  const AttentionProblem p = {dtype, 2 * group, group, L, D, V, begin, S, general, tiled};
+                  const int shared = capability == 75   ? 65536
+                                     : capability == 80 ? 166912
+                                     : capability == 90 ? 232448
+                                                        : 101376;
                   const AttentionPlan plan = attention_plan(p, capability, multiprocessors, shared);
                   const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
                   const bool mma = plan.kernel == AttentionKernel::Mma;
+                  const bool wgmma = plan.kernel == AttentionKernel::Wgmma;
+                  expect(wgmma == (half && capability == 90 && tiled && L >= kManyRows && D <= 256 && V <= 256),
+                         "many rows that TMA can describe go to wgmma, and no others");
+                  expect(!wgmma || (plan.heads == 1 &&
+                                    (plan.tile == 0 || kAttentionWgmmaTiles[plan.tile - 1].width < std::max(D, V))),
+                         "the narrowest tile of wgmma");
+                  expect(!wgmma || plan.splits == 1 || plan.splits * attention_blocks(p, plan) <= multiprocessors,
+                         "one block to a multiprocessor where wgmma's keys are split");
                   expect(!mma || attention_fits(p, kAttentionTiles[plan.tile], capability, shared), "a tile that fits");
-                  expect(mma || !half || D > 256 || V > 256 || (capability < 80 && dtype == DType::BFloat16) ||
+                  expect(mma || wgmma || !half || D > 256 || V > 256 || (capability < 80 && dtype == DType::BFloat16) ||
                              capability == 75,
                          "16 bits go to tensor cores where they can");
                   expect(!mma || !kAttentionTiles[plan.tile].general || general || plan.heads * L <= kFewRows,
@@ -95,6 +157,9 @@ void check_plans() {
                 }
   // Whole waves are not split; one query against many keys is, and its heads share a tile.
   constexpr AttentionProblem large = {DType::BFloat16, 64, 8, 4096, 128, 128, 0, 4096, false};
+  constexpr AttentionProblem tiled = {DType::BFloat16, 64, 8, 4096, 128, 128, 0, 4096, false, true};
+  static_assert(attention_plan(tiled, 90, 132, 232448).kernel == AttentionKernel::Wgmma &&
+                attention_plan(tiled, 90, 132, 232448).tile == 1);
   static_assert(attention_plan(large, 90, 132, 232448).splits == 1 && attention_plan(large, 90, 132, 232448).tile == 3);
   constexpr AttentionProblem decode = {DType::BFloat16, 32, 8, 1, 128, 128, 0, 8192, false};
   static_assert(attention_plan(decode, 90, 132, 232448).splits > 16 &&
@@ -107,6 +172,7 @@ void check_plans() {
 int main() {
   check_places<0>();
   check_simt_keys<float>(), check_simt_keys<double>();
+  check_order();
   check_plans();
   std::printf("attention plan: %d failed\n", failures);
   return failures != 0;

@@ -192,6 +192,127 @@ void check_simt(int tile, int count) {
   }
 }
 
+// An operand that TMA can describe: features next to each other, rows and heads on 16 bytes, whatever its width.
+Placed tiled_placed(int64_t width) {
+  const int gap = static_cast<int>((8 - width % 8) % 8);
+  return {pick({HeadsFirst, PositionsFirst}), gap + pick({0, 0, 8, 24}), pick({0, 0, 8, 16})};
+}
+void random_tiled(Case& c) {
+  random_rest(c);
+  c.query = tiled_placed(c.D), c.key = tiled_placed(c.D), c.value = tiled_placed(c.V);
+}
+
+template <class T>
+void check_wgmma_edges(int tile) {
+  const AttentionWgmmaTile& t = kAttentionWgmmaTiles[tile];
+  const int w = t.width, k = t.keys;
+  const auto run = [](Case c) {
+    c.kernel = AttentionKernel::Wgmma;
+    c.query = tiled_placed(c.D), c.key = tiled_placed(c.D), c.value = tiled_placed(c.V);
+    check<T>(c);
+  };
+  Case c;
+  c.tile = tile, c.D = c.V = w, c.sums = true;
+  // Edges: queries and keys around the tiles; as many steps as the ring has slots and more.
+  for (const int L : {1, 63, 64, 65, 127, 128, 129})
+    for (const int S : {1, k - 1, k, k + 1, 3 * k - 5}) {
+      if (L != 65 && L != 129 && S != k + 1 && every > 1) continue;
+      c.L = L, c.S = S, c.last = L % 4 == 1 ? S - L : kAttentionNoLimit, run(c);
+    }
+  c.L = 70, c.S = (t.slots + 1) * k - 3, c.last = kAttentionNoLimit, run(c);
+  c.first = -3, c.last = 3, c.nan_unseen = true, run(c);  // most rows see nothing of most tiles
+  c.first = -kAttentionNoLimit, c.L = 140, c.S = k + 3;
+  for (const int last : {-1, -65, -129, -300}) c.last = last, run(c);  // rows that see no key, whole tiles of them
+  // Features: every number of chunks, one past and one before, queries and values of different widths.
+  c.L = 66, c.S = k + 9, c.last = 0;
+  for (int D = 1; D <= w; D += D == 1 ? 6 : w / 8 + (D % 3 == 0)) c.D = D, c.V = w - D + 1, run(c);
+  for (const int D : {w - 1, w - 8, w - 24}) c.D = D, c.V = D, run(c);
+  c.D = w;
+  for (const int V : {1, 8, w - 3, w}) c.V = V, run(c);
+  // More tiles than blocks: every block takes several, there and back, in sections of heads.
+  for (const int multiprocessors : {1, 3}) {
+    host::machine.multiprocessors = multiprocessors;
+    c.batch = 2, c.heads = 3, c.group = 3, c.L = 131, c.S = 131, c.D = c.V = w == 64 ? 40 : w, c.last = 0, run(c);
+    c.last = kAttentionNoLimit, run(c);
+  }
+}
+
+template <class T>
+void check_wgmma(int tile, int count) {
+  const AttentionWgmmaTile& t = kAttentionWgmmaTiles[tile];
+  const int w = t.width, k = t.keys;
+  for (int i = 0; i < count; ++i) {
+    Case r;
+    r.kernel = AttentionKernel::Wgmma, r.tile = tile;
+    host::machine.multiprocessors = pick({1, 2, 5, 132});
+    r.batch = pick({1, 1, 2}), r.group = pick({1, 2, 3}), r.heads = r.group * pick({1, 2});
+    r.L = pick({1, 16, 64, 67, 129, 200}), r.S = pick({1, 3, 64, 65, 129, 200, 3 * k});
+    r.D = pick({1, 8, w / 2, w - 8, w - 1, w, w}), r.V = pick({1, 5, w / 2, w - 8, w - 1, w, w});
+    if (r.heads * r.batch > 3) r.L = std::min<int64_t>(r.L, 130), r.S = std::min<int64_t>(r.S, 130);
+    r.splits = pick({1, 1, 2, 3});
+    random_tiled(r);
+    check<T>(r);
+  }
+}
+
+// A way in which heads can lie that TMA takes or does not, and what the dispatcher makes of it.
+void check_tiled() {
+  const auto lies = [](const Case& c, bool tiled) {
+    const auto of = [&](const Placed& placed, int64_t heads, int64_t L, int64_t D) {
+      return Operand<Float16>({c.batch, heads, L, D}, placed, normal);
+    };
+    const auto query = of(c.query, c.heads, c.L, c.D), key = of(c.key, c.heads, c.S, c.D),
+               value = of(c.value, c.heads, c.S, c.V);
+    AttentionParams p = {};
+    p.dtype = DType::Float16, p.heads = c.batch * c.heads, p.group = 1;
+    p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = c.V;
+    p.query = query.operand(), p.key = key.operand(), p.value = value.operand();
+    p.scale = c.scale, p.softcap = c.softcap;
+    p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
+    ++cases;
+    const AttentionKernel kernel = attention_forward_plan(p).kernel;
+    if ((kernel == AttentionKernel::Wgmma) != tiled)
+      ++failures, std::printf("FAILED the kernel is %d: %s\n", static_cast<int>(kernel), c.text().c_str());
+  };
+  Case c;
+  c.batch = 2, c.heads = 2, c.L = 64, c.S = 70, c.D = c.V = 64;
+  lies(c, true);
+  for (Placed Case::* operand : {&Case::query, &Case::key, &Case::value}) {
+    for (const int order : {HeadsFirst, PositionsFirst, Apart, Transposed})
+      for (const int gap : {0, 1, 4, 8})
+        for (const int shift : {0, 4, 8}) {
+          Case r = c;
+          r.*operand = {order, gap, shift};
+          lies(r, order <= PositionsFirst && gap % 8 == 0 && shift % 8 == 0);
+        }
+  }
+  Case r = c;
+  r.softcap = 3, lies(r, false);
+  r = c, r.scale = -1, lies(r, false);
+  r = c, r.L = 63, lies(r, false);
+  r = c, r.D = r.V = 256, lies(r, true);
+  r = c, r.V = 264, lies(r, false);
+  r = c, r.D = 44, lies(r, false);
+  r = c, r.S = 0, lies(r, false);
+  host::machine.capability = 80, lies(c, false), host::machine.capability = 100, lies(c, false);
+  host::machine.capability = 90;
+}
+
+// Without a driver that encodes tensor maps, the kernel that needs none, in the other plan's workspace.
+void check_no_driver() {
+  host::machine.multiprocessors = 20;
+  for (const bool no_driver : {false, true}) {
+    host::machine.no_driver = no_driver;
+    Case c;
+    c.planned = true, c.L = 70, c.S = 1100, c.D = c.V = 64;  // in splits
+    const int64_t before = host::launches;
+    check<BFloat16>(c);
+    if (every == 1 && host::launches - before != (no_driver ? 1 : 2))
+      ++failures, std::printf("FAILED %d launches\n", static_cast<int>(host::launches - before));
+  }
+  host::machine.no_driver = false;
+}
+
 // What the dispatcher itself chooses, on several chips.
 template <class T>
 void check_dispatch() {
@@ -308,6 +429,17 @@ int main(int argc, char** argv) {
       host::machine.order = order;
       for (const int tile : {1, 6, 9}) check_mma<Float16>(tile, 2);
       check_simt<float>(0, 2);
+    }
+    host::machine = {};
+  });
+  part("wgmma", [] {
+    host::machine.capability = 90, host::machine.shared_bytes = 232448;
+    check_tiled(), check_no_driver();
+    for (int tile = 0; tile < kAttentionWgmmaTileCount; ++tile)
+      check_wgmma_edges<Float16>(tile), check_wgmma<Float16>(tile, 12), check_wgmma<BFloat16>(tile, 12);
+    for (const auto order : {host::Machine::Backward, host::Machine::Shuffled}) {
+      host::machine.order = order;
+      for (int tile = 0; tile < kAttentionWgmmaTileCount; ++tile) check_wgmma<Float16>(tile, 4);
     }
     host::machine = {};
   });
