@@ -21,10 +21,10 @@
 namespace fastnn::cuda {
 
 struct AttentionBackward {
-  AttentionForward forward;  // lse is an input; mask, scale and dropout as there
-  AttentionRows grad_output, grad;
-  const void* grad_lse;  // or null
-  void* delta;           // [heads, query_length] of the compute type
+  AttentionForward forward;                     // lse is an input; mask, scale and dropout as there
+  AttentionRows grad_output, grad, grad_value;  // grad: of query, key or, apart, value; grad_value: made with the key's
+  const void* grad_lse;                         // or null
+  void* delta;                                  // [heads, query_length] of the compute type
   double grad_scale;
   void* grad_mask;  // [.., mask_rows, mask_cols] of the compute type
   HeadOffsets mask_index;

@@ -11,5 +11,8 @@ AttentionProblem attention_problem(const AttentionParams& p);
 AttentionPlan attention_forward_plan(const AttentionParams& p);
 Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
                                  Workspace workspace, Stream stream);
+// tile: into kAttentionGradTiles, or kNoAttentionGradTile.
+Status attention_backward_planned(const AttentionBackwardParams& p, int tile, const int64_t* philox_seed,
+                                  Workspace workspace, Stream stream);
 
 }  // namespace fastnn::cuda

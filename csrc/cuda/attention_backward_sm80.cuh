@@ -1,0 +1,398 @@
+// Gradients of attention in float16 and bfloat16 on mma.sync: formulas and names of attention_backward.cuh.
+//
+// Two kernels of one text. Keys: a block owns 128 (or 32) keys and walks along the queries that see them, 32 or 64 a
+// step, over all heads that share the keys in their order, and makes dK and dV. Queries: it owns queries, walks along
+// the keys and makes dQ. Own rows stand in shared memory to the end; what is walked comes by cp.async a step ahead.
+//   scores = own₁ walk₁ᵀ      (K Qᵀ, or Q Kᵀ)          dP = own₂ walk₂ᵀ      (V dOᵀ, or dO Vᵀ)
+//   first += dS walk₁          (dK, or dQ)               second += P walk₂     (dV)
+// With own positions as rows, the accumulators of P and dS are, rounded to 16 bits, the left operands of the second
+// line: no trip through shared memory. Where a warp's registers do not hold gradients of all columns, two warps share
+// 32 (or 16) rows: each makes the scores with half of what is walked and half of the columns, and P and dS go
+// through shared memory. Steps that no own position sees are not walked; limits are looked at on edges alone.
+//
+// No atomics, sums in one order: the same result every time.
+// Floor: 7 products of 2·L·S·d FLOPs for each head (half of it where causal), 2·L·S exponentials, each of Q, K, V, dO
+// read and each gradient written once; L2 gives 256 FLOPs a byte of what is walked by a block of 128x128. A product's
+// operands come from shared memory: 32 rows a warp read 190 to 260 bytes for each 4096 FLOPs of an mma, 16 rows 256 to
+// 384, of 128 bytes a clock; tensor cores take 2 clocks for them on sm_80. So tiles of 32 rows are bound by the tensor
+// cores there, those of 16 by shared memory. No figure: not yet measured on a GPU.
+// Source: Dao, "FlashAttention-2", arXiv 2307.08691, section 3.2.
+#pragma once
+
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_tile.cuh"
+
+namespace fastnn::cuda {
+
+template <class T, int TILE, bool OF_KEYS>
+struct AttentionGradMmaKernel {
+  static constexpr AttentionGradTile tile = kAttentionGradTiles[TILE];
+  static constexpr int kThreads = attention_grad_threads(tile), kWarpsM = tile.warps_of_rows;
+  static constexpr int kWarpsN = tile.warps_of_columns, kWarpRows = tile.rows / kWarpsM;
+  static constexpr int kWarpCols = tile.walked / kWarpsN;  // of the scores
+  static constexpr int kFragmentsM = kWarpRows / 16, kFragmentsS = kWarpCols / 8;
+  static constexpr int kChunks = tile.width / 8, kFragmentsO = kChunks / kWarpsN, kSecondSlots = tile.second_slots;
+  static constexpr int kOwnBytes = tile.rows * tile.width * 2, kSlotBytes = tile.walked * tile.width * 2;
+  static constexpr int kWeightBytes = kWarpsN > 1 ? tile.rows * tile.walked * 2 : 0;
+  static constexpr bool kBuilt = attention_grad_built(tile, kArch);
+  static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0 && kFragmentsM <= 2);
+  static_assert(kFragmentsM * kFragmentsS * 4 <= 32, "a thread's dropped scores are the bits of one word");
+  static_assert(2 * tile.walked <= kThreads, "one copy a thread brings lse and delta");
+
+  using Scores = float[kFragmentsM][kFragmentsS][4];
+  using Columns = float[kFragmentsM][kFragmentsO][4];
+
+  // f(i, j, e) for each of a thread's scores: of row 16 i + 8 (e / 2) + lane / 4, column 8 j + lane % 4 · 2 + e % 2.
+  template <class F>
+  static FASTNN_DEVICE void each(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int j = 0; j < kFragmentsS; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(i, j, e);
+  }
+
+  // Where a warp's scores lie: of which head, from which own and which walked position.
+  struct Place {
+    uint32_t head;
+    int row, col, lane;
+
+    FASTNN_DEVICE int own(int i, int e) const { return row + 16 * i + e / 2 * 8 + lane / 4; }
+    FASTNN_DEVICE int walked(int j, int e) const { return col + 8 * j + lane % 4 * 2 + e % 2; }
+    FASTNN_DEVICE int query(int i, int j, int e) const { return OF_KEYS ? walked(j, e) : own(i, e); }
+    FASTNN_DEVICE int key(int i, int j, int e) const { return OF_KEYS ? own(i, e) : walked(j, e); }
+  };
+
+  // lse and delta of the queries: of a thread's rows in registers, or of the step's columns in shared memory.
+  struct Rows {
+    float lse[kFragmentsM][2], delta[kFragmentsM][2];
+  };
+
+  // ---- what a score weighs ------------------------------------------------------------------------------------------
+
+  // Bits of the scores that dropout takes, (4 (i · fragments + j) + e).
+  static FASTNN_DEVICE uint32_t dropped_scores(const AttentionForward& p, uint64_t seed, const Place& at) {
+    constexpr int kKeys = OF_KEYS ? kWarpRows : kWarpCols, kWords = kKeys < 32 ? kKeys / 8 : 4;
+    uint32_t dropped = 0;
+    const auto draw = [&](int query, int key, const auto& bit) {
+      const auto words = philox(seed, {at.head, query}, key / 32 * 32 + key % 8);
+      const bool upper = kWords < 4 && key % 32 >= 16;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w)
+        if ((upper ? words.data[(w + 2) % 4] : words.data[w]) < p.drop_below) dropped |= 1u << bit(w);
+    };
+    if constexpr (OF_KEYS) {
+#pragma unroll
+      for (int j = 0; j < kFragmentsS; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          draw(at.walked(j, e), at.own(0, 0), [&](int w) { return 4 * (w / 2 * kFragmentsS + j) + w % 2 * 2 + e; });
+    } else {
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+          for (int j = 0; j < kFragmentsS; j += kWords)
+            draw(at.own(i, e), at.walked(j, e), [&](int w) { return 4 * (i * kFragmentsS + j + w) + e; });
+    }
+    return dropped;
+  }
+
+  template <class M>
+  static FASTNN_DEVICE void add_mask(const AttentionForward& p, Scores& s, const Place& at) {
+    const M* const mask = static_cast<const M*>(p.mask.data) + p.mask.heads(at.head);
+    if (!OF_KEYS && p.mask.width > 1) {  // two neighbours at once
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int query = at.own(i, 2 * half);
+          const M* const row = mask + query * p.mask.row_stride;
+#pragma unroll
+          for (int j = 0; j < kFragmentsS; ++j) {
+            const int key = at.walked(j, 0);
+            if (query >= p.query_length || key >= p.key_length) continue;
+            float &low = s[i][j][2 * half], &high = s[i][j][2 * half + 1];
+            if (key + 1 < p.key_length) {
+              const auto pair = *reinterpret_cast<const Vector<M, 2>*>(row + key);
+              low = masked(low, pair.data[0]), high = masked(high, pair.data[1]);
+            } else {
+              low = masked(low, row[key]);
+            }
+          }
+        }
+      return;
+    }
+    each([&](int i, int j, int e) {
+      const int query = at.query(i, j, e), key = at.key(i, j, e);
+      if (query < p.query_length && key < p.key_length)
+        s[i][j][e] = masked(s[i][j][e], mask[query * p.mask.row_stride + key * p.mask.col_stride]);
+    });
+  }
+
+  // A row with no key to see has lse -infinity, and P = 0.
+  static FASTNN_DEVICE float shift_of(float lse) { return lse == kMinusInfinity<float> ? lse : -lse * kLog2E<float>; }
+
+  // Products become weights: s becomes P (for dV) and dp becomes dS. `columns`: lse of the walked queries, then delta.
+  static FASTNN_DEVICE void weigh(const AttentionForward& p, Scores& s, Scores& dp, const Place& at, const Rows& rows,
+                                  const float* columns, uint64_t seed, bool edge) {
+    const float scale = static_cast<float>(p.scale), cap = static_cast<float>(p.softcap);
+    const float c = static_cast<float>(p.factor), keep = static_cast<float>(p.keep);
+    uint32_t dropped = 0;
+    const auto bit = [&](int i, int j, int e) { return dropped >> 4 * (i * kFragmentsS + j) + e & 1; };
+    if (p.drop_below) {
+      dropped = dropped_scores(p, seed, at);
+      each([&](int i, int j, int e) { dp[i][j][e] = bit(i, j, e) ? 0.0f : dp[i][j][e] * keep; });
+    }
+    const auto of_column = [&](int j, int which) {
+      return ptx::shared_load<Vector<float, 2>>(columns + which * tile.walked + 8 * j + at.lane % 4 * 2);
+    };
+#pragma unroll
+    for (int j = 0; j < kFragmentsS; ++j) {
+      Vector<float, 2> delta{};
+      if constexpr (OF_KEYS) delta = of_column(j, 1);
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dp[i][j][e] -= OF_KEYS ? delta.data[e % 2] : rows.delta[i][e / 2];
+    }
+    if (scale != 1.0f) each([&](int i, int j, int e) { s[i][j][e] *= scale; });
+    if (cap != 0.0f)
+      each([&](int i, int j, int e) {
+        const float t = tanh_approximate(s[i][j][e]);
+        s[i][j][e] = cap * t, dp[i][j][e] *= 1.0f - t * t;
+      });
+    if (p.mask_type == AttentionMask::Bool) add_mask<uint8_t>(p, s, at);
+    if (p.mask_type == AttentionMask::Query) add_mask<T>(p, s, at);
+    if (p.mask_type == AttentionMask::Float32) add_mask<float>(p, s, at);
+#pragma unroll
+    for (int j = 0; j < kFragmentsS; ++j) {
+      float shift[2] = {};
+      if constexpr (OF_KEYS) {
+        const auto lse = of_column(j, 0);
+        shift[0] = shift_of(lse.data[0]), shift[1] = shift_of(lse.data[1]);
+      }
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          s[i][j][e] =
+              ptx::exp2_approximate(::fmaf(s[i][j][e], c, OF_KEYS ? shift[e % 2] : shift_of(rows.lse[i][e / 2])));
+    }
+    if (edge)
+      each([&](int i, int j, int e) {
+        const int query = at.query(i, j, e), key = at.key(i, j, e);
+        if (key < query + p.first_shift || key > query + p.last_shift || key >= p.key_length)
+          s[i][j][e] = dp[i][j][e] = 0.0f;
+      });
+    each([&](int i, int j, int e) { dp[i][j][e] *= s[i][j][e]; });
+    if (OF_KEYS && p.drop_below)
+      each([&](int i, int j, int e) { s[i][j][e] = bit(i, j, e) ? 0.0f : s[i][j][e] * keep; });
+  }
+
+  // ---- second products ----------------------------------------------------------------------------------------------
+
+  static FASTNN_DEVICE void store_weights(unsigned char* to, const Scores& s, int row, int col, int lane) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kFragmentsS; ++j)
+          ptx::shared_store(
+              to + panel_place<tile.walked, tile.rows>(row + 16 * i + 8 * half + lane / 4, col / 8 + j) + lane % 4 * 4,
+              ptx::pack_pair(s[i][j][2 * half], s[i][j][2 * half + 1], T{}));
+  }
+  static FASTNN_DEVICE void multiply_weights(Columns& out, const Scores& s, const unsigned char* weights, int row,
+                                             const unsigned char* walked, int chunk, int lane) {
+#pragma unroll
+    for (int k = 0; k < tile.walked / 8; k += 2) {
+      uint32_t a[kFragmentsM][4];
+      if constexpr (kWarpsN == 1) {
+        rounded<T>(a, s, k);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i)
+          ptx::ldmatrix_x4(a[i], weights + panel_place<tile.walked, tile.rows>(row + 16 * i + lane % 16, k, lane / 16));
+      }
+      multiply_columns<T, tile.width, tile.walked>(out, a, walked, 8 * k, chunk, lane);
+    }
+  }
+
+  // ---- the end ------------------------------------------------------------------------------------------------------
+
+  // The warp's part of a gradient, through its part of a tile of own rows, so that 16 bytes are stored at once.
+  static FASTNN_DEVICE void store(const AttentionRows& grad, const Columns& out, float factor, unsigned char* staging,
+                                  uint32_t item, int first, int limit, int dim, int row, int chunk, int lane) {
+    if (!grad.data) return;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < kFragmentsO; ++n)
+          ptx::shared_store(staging +
+                                panel_place<tile.width, tile.rows>(row + 16 * i + 8 * half + lane / 4, chunk + n) +
+                                lane % 4 * 4,
+                            ptx::pack_pair(out[i][n][2 * half] * factor, out[i][n][2 * half + 1] * factor, T{}));
+    __syncwarp();
+    T* const data = static_cast<T*>(const_cast<void*>(grad.data)) + grad.heads(item);
+#pragma unroll 1
+    for (int index = lane; index < kWarpRows * kFragmentsO; index += 32) {
+      const int r = row + index / kFragmentsO, c = chunk + index % kFragmentsO, count = cut(dim - 8 * c, 0, 8);
+      if (first + r >= limit || count == 0) continue;
+      const auto values = ptx::shared_load<Vector<T, 8>>(staging + panel_place<tile.width, tile.rows>(r, c));
+      T* const to = data + (first + r) * grad.row_stride + 8 * c;
+      if (grad.width == 16 && count == 8) {
+        ptx::global_store_16(to, values);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (i < count) to[i] = values.data[i];
+      }
+    }
+  }
+
+  // ---- one block ----------------------------------------------------------------------------------------------------
+
+  static FASTNN_DEVICE RowMatrix matrix(const AttentionRows& x, uint32_t head, int rows, int cols) {
+    return {static_cast<const uint16_t*>(x.data) + x.heads(head), x.row_stride, rows, cols, x.width};
+  }
+  template <int ROWS>
+  static FASTNN_DEVICE void copy(unsigned char* to, const RowMatrix& from, const AttentionRows& x, int first) {
+    copy_positions<tile.width, ROWS, kThreads>(to, from, x.col_stride, first);
+  }
+
+  static FASTNN_DEVICE void run(const AttentionBackward& b) {
+    const AttentionForward& p = b.forward;
+    const AttentionRows &own1 = OF_KEYS ? p.key : p.query, &own2 = OF_KEYS ? p.value : b.grad_output;
+    const AttentionRows &walk1 = OF_KEYS ? p.query : p.key, &walk2 = OF_KEYS ? b.grad_output : p.value;
+    const int owned = OF_KEYS ? p.key_length : p.query_length, length = OF_KEYS ? p.query_length : p.key_length;
+    unsigned char *const first_own = ptx::dynamic_shared(), *const second_own = first_own + kOwnBytes;
+    unsigned char *const first_ring = second_own + kOwnBytes, *const second_ring = first_ring + 2 * kSlotBytes;
+    unsigned char* const weights = second_ring + kSecondSlots * kSlotBytes;
+    float* const statistics = reinterpret_cast<float*>(weights + 2 * kWeightBytes);  // [2 steps][lse, delta][walked]
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    const int row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
+    const int chunk = warp % kWarpsN * kFragmentsO;
+
+    // With a causal limit the first keys, and the last queries, take longest: they begin.
+    const uint32_t tiles = static_cast<uint32_t>((owned + tile.rows - 1) / tile.rows), item = blockIdx.x / tiles;
+    const int turn = static_cast<int>(blockIdx.x % tiles);
+    const int r0 = (OF_KEYS ? turn : static_cast<int>(tiles) - 1 - turn) * tile.rows;
+    const int r1 = r0 + tile.rows < owned ? r0 + tile.rows : owned;
+    const uint32_t group = static_cast<uint32_t>(p.group), first_head = OF_KEYS ? item * group : item;
+    const uint32_t end_head = OF_KEYS ? first_head + group : item + 1;
+    const int begin = (OF_KEYS ? cut(r0 - p.last_shift, 0, length) : cut(r0 + p.first_shift, 0, length)) / tile.walked;
+    const int seen = OF_KEYS ? cut(r1 - p.first_shift, 0, length) : cut(r1 + p.last_shift, 0, length);
+    const int end = (seen + tile.walked - 1) / tile.walked;  // of the steps of a head
+
+    // What is loaded next: a step of the same head, or the first of the next head.
+    uint32_t next_head = first_head;
+    int next = begin, slot = 0;
+    const auto walked_matrix = [&](const AttentionRows& x, int cols) {
+      return matrix(x, OF_KEYS ? next_head : next_head / group, length, cols);
+    };
+    RowMatrix first_walk = {}, second_walk = {};
+    const auto enter_head = [&] {
+      if (next_head < end_head)
+        first_walk = walked_matrix(walk1, p.head_dim), second_walk = walked_matrix(walk2, p.value_dim);
+    };
+    const auto load_first = [&](int into) {
+      if (next_head >= end_head || begin >= end) return;
+      copy<tile.walked>(first_ring + into * kSlotBytes, first_walk, walk1, next * tile.walked);
+      if constexpr (OF_KEYS) {
+        if (thread < 2 * tile.walked) {
+          const int query = next * tile.walked + thread % tile.walked;
+          const bool inside = query < length;
+          const float* const from = static_cast<const float*>(thread < tile.walked ? p.lse : b.delta);
+          ptx::cp_async<4>(statistics + into * 2 * tile.walked + thread,
+                           inside ? from + (int64_t{next_head} * length + query) : from, inside ? 4 : 0);
+        }
+      }
+    };
+    const auto load_second = [&](int into) {
+      if (next_head < end_head && begin < end) {
+        copy<tile.walked>(second_ring + (kSecondSlots > 1 ? into : 0) * kSlotBytes, second_walk, walk2,
+                          next * tile.walked);
+        if (++next == end) next = begin, ++next_head, enter_head();
+      }
+    };
+
+    copy<tile.rows>(first_own, matrix(own1, item, owned, p.head_dim), own1, r0);
+    copy<tile.rows>(second_own, matrix(own2, item, owned, p.value_dim), own2, r0);
+    enter_head();
+    load_first(0), load_second(0);
+    ptx::cp_async_commit();
+
+    Rows rows = {};
+    if constexpr (!OF_KEYS) {
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int query = r0 + row + 16 * i + 8 * half + lane / 4;
+          if (query >= owned) continue;
+          const int64_t number = int64_t{item} * owned + query;
+          rows.lse[i][half] = static_cast<const float*>(p.lse)[number];
+          rows.delta[i][half] = static_cast<const float*>(b.delta)[number];
+        }
+    }
+    const uint64_t seed = philox_seed(p);
+    Columns first = {};
+    Columns second = {};  // dV
+#pragma unroll 1
+    for (uint32_t head = first_head; head < end_head; ++head)
+#pragma unroll 1
+      for (int step = begin; step < end; ++step, slot ^= 1) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // the step is there for all, and all have read what the next loads replace
+        load_first(slot ^ 1);
+        if (kSecondSlots > 1) load_second(slot ^ 1);
+        ptx::cp_async_commit();
+
+        // What of the step the warp's rows see; of queries behind the last, all operands are 0.
+        const int own0 = r0 + row, own1 = own0 + kWarpRows, walk0 = step * tile.walked, walk1 = walk0 + tile.walked;
+        const int key0 = OF_KEYS ? own0 : walk0, key1 = OF_KEYS ? own1 : walk1;
+        const int query0 = OF_KEYS ? walk0 : own0, query1 = OF_KEYS ? walk1 : own1;
+        const bool any = own0 < owned && key1 > query0 + p.first_shift && key0 < query1 + p.last_shift;
+        const bool edge = key0 < query1 - 1 + p.first_shift || key1 > query0 + p.last_shift + 1 || key1 > p.key_length;
+        const unsigned char* const walked1 = first_ring + slot * kSlotBytes;
+        const unsigned char* const walked2 = second_ring + (kSecondSlots > 1 ? slot : 0) * kSlotBytes;
+        Scores s = {}, dp = {};
+        if (any) {
+          multiply_rows<T, tile.width, tile.rows, tile.walked>(s, first_own, row, walked1, col, lane);
+          multiply_rows<T, tile.width, tile.rows, tile.walked>(dp, second_own, row, walked2, col, lane);
+          weigh(p, s, dp, {head, own0, walk0 + col, lane}, rows, statistics + slot * 2 * tile.walked + col, seed, edge);
+          if constexpr (kWarpsN > 1) {
+            store_weights(weights, dp, row, col, lane);
+            if constexpr (OF_KEYS) store_weights(weights + kWeightBytes, s, row, col, lane);
+          }
+        }
+        if constexpr (kWarpsN > 1) __syncthreads();  // weights are there for the warp that shares the rows
+        if constexpr (OF_KEYS)
+          if (any) multiply_weights(second, s, weights + kWeightBytes, row, walked2, chunk, lane);
+        if constexpr (kSecondSlots == 1) {
+          if constexpr (OF_KEYS || kWarpsN == 1) __syncthreads();  // all have read the slot
+          load_second(0);
+          ptx::cp_async_commit();
+        }
+        if (any) multiply_weights(first, dp, weights, row, walked1, chunk, lane);
+      }
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // nobody reads own rows any more
+    store(b.grad, first, static_cast<float>(b.grad_scale), first_own, item, r0, owned, p.head_dim, row, chunk, lane);
+    if constexpr (OF_KEYS)
+      store(b.grad_value, second, 1.0f, second_own, item, r0, owned, p.value_dim, row, chunk, lane);
+  }
+};
+
+template <class T, int TILE, bool OF_KEYS>
+__global__ void __launch_bounds__(attention_grad_threads(kAttentionGradTiles[TILE]), 1)
+    attention_grad_mma_kernel(__grid_constant__ const AttentionBackward b) {
+  if constexpr (AttentionGradMmaKernel<T, TILE, OF_KEYS>::kBuilt) AttentionGradMmaKernel<T, TILE, OF_KEYS>::run(b);
+}
+
+}  // namespace fastnn::cuda
