@@ -72,9 +72,10 @@ struct AttentionGradMmaKernel {
   // ---- what a score weighs ------------------------------------------------------------------------------------------
 
   // Bits of the scores that dropout takes, (4 (i · fragments + j) + e).
-  static FASTNN_DEVICE uint32_t dropped_scores(const AttentionForward& p, uint64_t seed, const Place& at) {
+  static FASTNN_DEVICE uint32_t dropped_scores(const AttentionForward& p, const Place& at) {
     constexpr int kKeys = OF_KEYS ? kWarpRows : kWarpCols, kWords = kKeys < 32 ? kKeys / 8 : 4;
     uint32_t dropped = 0;
+    const uint64_t seed = philox_seed(p);
     const auto draw = [&](int query, int key, const auto& bit) {
       const auto words = philox(seed, {at.head, query}, key / 32 * 32 + key % 8);
       const bool upper = kWords < 4 && key % 32 >= 16;
@@ -82,54 +83,57 @@ struct AttentionGradMmaKernel {
       for (int w = 0; w < kWords; ++w)
         if ((upper ? words.data[(w + 2) % 4] : words.data[w]) < p.drop_below) dropped |= 1u << bit(w);
     };
+    // A word of bits needs no registers of fixed names: one Philox at a time is what registers allow.
     if constexpr (OF_KEYS) {
-#pragma unroll
-      for (int j = 0; j < kFragmentsS; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          draw(at.walked(j, e), at.own(0, 0), [&](int w) { return 4 * (w / 2 * kFragmentsS + j) + w % 2 * 2 + e; });
+#pragma unroll 1
+      for (int n = 0; n < 2 * kFragmentsS; ++n) {
+        const int j = n / 2, e = n % 2;
+        draw(at.walked(j, e), at.own(0, 0), [&](int w) { return 4 * (w / 2 * kFragmentsS + j) + w % 2 * 2 + e; });
+      }
     } else {
+#pragma unroll 1
+      for (int n = 0; n < kFragmentsM * 4; ++n) {
+        const int i = n / 4, e = n % 4;
 #pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-#pragma unroll
-          for (int j = 0; j < kFragmentsS; j += kWords)
-            draw(at.own(i, e), at.walked(j, e), [&](int w) { return 4 * (i * kFragmentsS + j + w) + e; });
+        for (int j = 0; j < kFragmentsS; j += kWords)
+          draw(at.own(i, e), at.walked(j, e), [&](int w) { return 4 * (i * kFragmentsS + j + w) + e; });
+      }
     }
     return dropped;
   }
 
+  // Adds the mask to the scores, a column of fragments at a time: the others wait, and each turn moves them up, for
+  // registers do not hold loads for all of them.
   template <class M>
   static FASTNN_DEVICE void add_mask(const AttentionForward& p, Scores& s, const Place& at) {
     const M* const mask = static_cast<const M*>(p.mask.data) + p.mask.heads(at.head);
-    if (!OF_KEYS && p.mask.width > 1) {  // two neighbours at once
+    const bool pairs = !OF_KEYS && p.mask.width > 1;  // two neighbours at once
+#pragma unroll 1
+    for (int j = 0; j < kFragmentsS; ++j) {
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int query = at.own(i, 2 * half);
-          const M* const row = mask + query * p.mask.row_stride;
+          float added[2] = {s[i][0][2 * half], s[i][0][2 * half + 1]};
+          const int query = at.query(i, j, 2 * half), key = at.key(i, j, 2 * half);
+          const M* const place = mask + query * p.mask.row_stride + key * p.mask.col_stride;
+          if (pairs && query < p.query_length && key + 1 < p.key_length) {
+            const auto pair = *reinterpret_cast<const Vector<M, 2>*>(place);
+            added[0] = masked(added[0], pair.data[0]), added[1] = masked(added[1], pair.data[1]);
+          } else {
+            if (query < p.query_length && key < p.key_length) added[0] = masked(added[0], *place);
+            if (OF_KEYS ? query + 1 < p.query_length && key < p.key_length
+                        : query < p.query_length && key + 1 < p.key_length)
+              added[1] = masked(added[1], place[OF_KEYS ? p.mask.row_stride : p.mask.col_stride]);
+          }
 #pragma unroll
-          for (int j = 0; j < kFragmentsS; ++j) {
-            const int key = at.walked(j, 0);
-            if (query >= p.query_length || key >= p.key_length) continue;
-            float &low = s[i][j][2 * half], &high = s[i][j][2 * half + 1];
-            if (key + 1 < p.key_length) {
-              const auto pair = *reinterpret_cast<const Vector<M, 2>*>(row + key);
-              low = masked(low, pair.data[0]), high = masked(high, pair.data[1]);
-            } else {
-              low = masked(low, row[key]);
-            }
+          for (int e = 0; e < 2; ++e) {
+#pragma unroll
+            for (int n = 0; n + 1 < kFragmentsS; ++n) s[i][n][2 * half + e] = s[i][n + 1][2 * half + e];
+            s[i][kFragmentsS - 1][2 * half + e] = added[e];
           }
         }
-      return;
     }
-    each([&](int i, int j, int e) {
-      const int query = at.query(i, j, e), key = at.key(i, j, e);
-      if (query < p.query_length && key < p.key_length)
-        s[i][j][e] = masked(s[i][j][e], mask[query * p.mask.row_stride + key * p.mask.col_stride]);
-    });
   }
 
   // A row with no key to see has lse -infinity, and P = 0.
@@ -137,15 +141,16 @@ struct AttentionGradMmaKernel {
 
   // Products become weights: s becomes P (for dV) and dp becomes dS. `columns`: lse of the walked queries, then delta.
   static FASTNN_DEVICE void weigh(const AttentionForward& p, Scores& s, Scores& dp, const Place& at, const Rows& rows,
-                                  const float* columns, uint64_t seed, bool edge) {
+                                  const float* columns, uint32_t dropped, bool edge) {
     const float scale = static_cast<float>(p.scale), cap = static_cast<float>(p.softcap);
     const float c = static_cast<float>(p.factor), keep = static_cast<float>(p.keep);
-    uint32_t dropped = 0;
-    const auto bit = [&](int i, int j, int e) { return dropped >> 4 * (i * kFragmentsS + j) + e & 1; };
-    if (p.drop_below) {
-      dropped = dropped_scores(p, seed, at);
-      each([&](int i, int j, int e) { dp[i][j][e] = bit(i, j, e) ? 0.0f : dp[i][j][e] * keep; });
-    }
+    const auto drop = [&](Scores& x) {
+      const uint32_t bits = static_cast<uint32_t>(ptx::opaque(static_cast<int>(dropped)));  // not kept bit by bit
+      each([&](int i, int j, int e) {
+        x[i][j][e] = bits >> (4 * (i * kFragmentsS + j) + e) & 1 ? 0.0f : x[i][j][e] * keep;
+      });
+    };
+    if (p.drop_below) drop(dp);
     const auto of_column = [&](int j, int which) {
       return ptx::shared_load<Vector<float, 2>>(columns + which * tile.walked + 8 * j + at.lane % 4 * 2);
     };
@@ -188,8 +193,7 @@ struct AttentionGradMmaKernel {
           s[i][j][e] = dp[i][j][e] = 0.0f;
       });
     each([&](int i, int j, int e) { dp[i][j][e] *= s[i][j][e]; });
-    if (OF_KEYS && p.drop_below)
-      each([&](int i, int j, int e) { s[i][j][e] = bit(i, j, e) ? 0.0f : s[i][j][e] * keep; });
+    if (OF_KEYS && p.drop_below) drop(s);
   }
 
   // ---- second products ----------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ struct AttentionGradMmaKernel {
   }
   static FASTNN_DEVICE void multiply_weights(Columns& out, const Scores& s, const unsigned char* weights, int row,
                                              const unsigned char* walked, int chunk, int lane) {
-#pragma unroll
+#pragma unroll(kWarpsN == 1 ? tile.walked / 16 : 1)
     for (int k = 0; k < tile.walked / 8; k += 2) {
       uint32_t a[kFragmentsM][4];
       if constexpr (kWarpsN == 1) {
@@ -257,12 +261,16 @@ struct AttentionGradMmaKernel {
 
   // ---- one block ----------------------------------------------------------------------------------------------------
 
-  static FASTNN_DEVICE RowMatrix matrix(const AttentionRows& x, uint32_t head, int rows, int cols) {
-    return {static_cast<const uint16_t*>(x.data) + x.heads(head), x.row_stride, rows, cols, x.width};
+  static FASTNN_DEVICE const uint16_t* head_of(const AttentionRows& x, uint32_t head) {
+    return static_cast<const uint16_t*>(x.data) + x.heads(head);
   }
   template <int ROWS>
-  static FASTNN_DEVICE void copy(unsigned char* to, const RowMatrix& from, const AttentionRows& x, int first) {
-    copy_positions<tile.width, ROWS, kThreads>(to, from, x.col_stride, first);
+  static FASTNN_DEVICE void copy(unsigned char* to, const uint16_t* data, const AttentionRows& x, int rows, int cols,
+                                 int first) {
+    const RowMatrix from = {data, x.row_stride, rows, cols, x.width};
+    // Where a thread copies is worked out each time: registers are what is short.
+    copy_positions<tile.width, ROWS, kThreads>(to, from, x.col_stride, first,
+                                               ptx::opaque(static_cast<int>(threadIdx.x)));
   }
 
   static FASTNN_DEVICE void run(const AttentionBackward& b) {
@@ -274,14 +282,12 @@ struct AttentionGradMmaKernel {
     unsigned char *const first_ring = second_own + kOwnBytes, *const second_ring = first_ring + 2 * kSlotBytes;
     unsigned char* const weights = second_ring + kSecondSlots * kSlotBytes;
     float* const statistics = reinterpret_cast<float*>(weights + 2 * kWeightBytes);  // [2 steps][lse, delta][walked]
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
-    const int chunk = warp % kWarpsN * kFragmentsO;
+    const int thread = static_cast<int>(threadIdx.x);
 
     // With a causal limit the first keys, and the last queries, take longest: they begin.
     const uint32_t tiles = static_cast<uint32_t>((owned + tile.rows - 1) / tile.rows), item = blockIdx.x / tiles;
-    const int turn = static_cast<int>(blockIdx.x % tiles);
-    const int r0 = (OF_KEYS ? turn : static_cast<int>(tiles) - 1 - turn) * tile.rows;
+    const int place = static_cast<int>(blockIdx.x % tiles);
+    const int r0 = (OF_KEYS ? place : static_cast<int>(tiles) - 1 - place) * tile.rows;
     const int r1 = r0 + tile.rows < owned ? r0 + tile.rows : owned;
     const uint32_t group = static_cast<uint32_t>(p.group), first_head = OF_KEYS ? item * group : item;
     const uint32_t end_head = OF_KEYS ? first_head + group : item + 1;
@@ -289,23 +295,28 @@ struct AttentionGradMmaKernel {
     const int seen = OF_KEYS ? cut(r1 - p.first_shift, 0, length) : cut(r1 + p.last_shift, 0, length);
     const int end = (seen + tile.walked - 1) / tile.walked;  // of the steps of a head
 
-    // What is loaded next: a step of the same head, or the first of the next head.
-    uint32_t next_head = first_head;
-    int next = begin, slot = 0;
-    const auto walked_matrix = [&](const AttentionRows& x, int cols) {
-      return matrix(x, OF_KEYS ? next_head : next_head / group, length, cols);
-    };
-    RowMatrix first_walk = {}, second_walk = {};
-    const auto enter_head = [&] {
-      if (next_head < end_head)
-        first_walk = walked_matrix(walk1, p.head_dim), second_walk = walked_matrix(walk2, p.value_dim);
+    // The step that is worked on; what is loaded is the next of the same head, or the first of the next head.
+    uint32_t head = first_head;
+    int step = begin - 1, slot = 0;
+    const uint16_t *first_walk = nullptr, *second_walk = nullptr;
+    // Whether there is a next step; it begins with position `next` of `next_head`.
+    const auto next_step = [&](uint32_t& next_head, int& next) {
+      const bool wraps = step + 1 >= end;
+      next_head = wraps ? head + 1 : head, next = (wraps ? begin : step + 1) * tile.walked;
+      return next_head < end_head && begin < end;
     };
     const auto load_first = [&](int into) {
-      if (next_head >= end_head || begin >= end) return;
-      copy<tile.walked>(first_ring + into * kSlotBytes, first_walk, walk1, next * tile.walked);
+      uint32_t next_head;
+      int next;
+      if (!next_step(next_head, next)) return;
+      if (next_head != head || step < begin) {
+        first_walk = head_of(walk1, OF_KEYS ? next_head : next_head / group);
+        second_walk = head_of(walk2, OF_KEYS ? next_head : next_head / group);
+      }
+      copy<tile.walked>(first_ring + into * kSlotBytes, first_walk, walk1, length, p.head_dim, next);
       if constexpr (OF_KEYS) {
         if (thread < 2 * tile.walked) {
-          const int query = next * tile.walked + thread % tile.walked;
+          const int query = next + thread % tile.walked;
           const bool inside = query < length;
           const float* const from = static_cast<const float*>(thread < tile.walked ? p.lse : b.delta);
           ptx::cp_async<4>(statistics + into * 2 * tile.walked + thread,
@@ -314,19 +325,19 @@ struct AttentionGradMmaKernel {
       }
     };
     const auto load_second = [&](int into) {
-      if (next_head < end_head && begin < end) {
-        copy<tile.walked>(second_ring + (kSecondSlots > 1 ? into : 0) * kSlotBytes, second_walk, walk2,
-                          next * tile.walked);
-        if (++next == end) next = begin, ++next_head, enter_head();
-      }
+      uint32_t next_head;
+      int next;
+      if (next_step(next_head, next))
+        copy<tile.walked>(second_ring + (kSecondSlots > 1 ? into : 0) * kSlotBytes, second_walk, walk2, length,
+                          p.value_dim, next);
     };
 
-    copy<tile.rows>(first_own, matrix(own1, item, owned, p.head_dim), own1, r0);
-    copy<tile.rows>(second_own, matrix(own2, item, owned, p.value_dim), own2, r0);
-    enter_head();
-    load_first(0), load_second(0);
-    ptx::cp_async_commit();
+    copy<tile.rows>(first_own, head_of(own1, item), own1, owned, p.head_dim, r0);
+    copy<tile.rows>(second_own, head_of(own2, item), own2, owned, p.value_dim, r0);
 
+    const int warp = thread / 32, lane = thread % 32;
+    const int row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
+    const int chunk = warp % kWarpsN * kFragmentsO;
     Rows rows = {};
     if constexpr (!OF_KEYS) {
 #pragma unroll
@@ -340,47 +351,59 @@ struct AttentionGradMmaKernel {
           rows.delta[i][half] = static_cast<const float*>(b.delta)[number];
         }
     }
-    const uint64_t seed = philox_seed(p);
     Columns first = {};
     Columns second = {};  // dV
+                          // The first turn brings own rows and the first step, and works on none.
 #pragma unroll 1
-    for (uint32_t head = first_head; head < end_head; ++head)
-#pragma unroll 1
-      for (int step = begin; step < end; ++step, slot ^= 1) {
-        ptx::cp_async_wait<0>();
-        __syncthreads();  // the step is there for all, and all have read what the next loads replace
-        load_first(slot ^ 1);
-        if (kSecondSlots > 1) load_second(slot ^ 1);
-        ptx::cp_async_commit();
-
-        // What of the step the warp's rows see; of queries behind the last, all operands are 0.
-        const int own0 = r0 + row, own1 = own0 + kWarpRows, walk0 = step * tile.walked, walk1 = walk0 + tile.walked;
-        const int key0 = OF_KEYS ? own0 : walk0, key1 = OF_KEYS ? own1 : walk1;
-        const int query0 = OF_KEYS ? walk0 : own0, query1 = OF_KEYS ? walk1 : own1;
-        const bool any = own0 < owned && key1 > query0 + p.first_shift && key0 < query1 + p.last_shift;
-        const bool edge = key0 < query1 - 1 + p.first_shift || key1 > query0 + p.last_shift + 1 || key1 > p.key_length;
-        const unsigned char* const walked1 = first_ring + slot * kSlotBytes;
-        const unsigned char* const walked2 = second_ring + (kSecondSlots > 1 ? slot : 0) * kSlotBytes;
-        Scores s = {}, dp = {};
-        if (any) {
-          multiply_rows<T, tile.width, tile.rows, tile.walked>(s, first_own, row, walked1, col, lane);
-          multiply_rows<T, tile.width, tile.rows, tile.walked>(dp, second_own, row, walked2, col, lane);
-          weigh(p, s, dp, {head, own0, walk0 + col, lane}, rows, statistics + slot * 2 * tile.walked + col, seed, edge);
-          if constexpr (kWarpsN > 1) {
-            store_weights(weights, dp, row, col, lane);
-            if constexpr (OF_KEYS) store_weights(weights + kWeightBytes, s, row, col, lane);
-          }
-        }
-        if constexpr (kWarpsN > 1) __syncthreads();  // weights are there for the warp that shares the rows
-        if constexpr (OF_KEYS)
-          if (any) multiply_weights(second, s, weights + kWeightBytes, row, walked2, chunk, lane);
-        if constexpr (kSecondSlots == 1) {
-          if constexpr (OF_KEYS || kWarpsN == 1) __syncthreads();  // all have read the slot
-          load_second(0);
-          ptx::cp_async_commit();
-        }
-        if (any) multiply_weights(first, dp, weights, row, walked1, chunk, lane);
+    for (;; slot ^= 1) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // the step is there for all, and all have read what the next loads replace
+      load_first(slot);
+      if (kSecondSlots > 1 || step < begin) load_second(slot);
+      ptx::cp_async_commit();
+      if (begin >= end) break;
+      if (step < begin) {
+        ++step;
+        continue;
       }
+
+      const int again = ptx::opaque(thread);
+      const int warp = again / 32, lane = again % 32;
+      const int row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
+      const int chunk = warp % kWarpsN * kFragmentsO;
+      // What of the step the warp's rows see; of queries behind the last, all operands are 0.
+      const int own0 = r0 + row, own1 = own0 + kWarpRows, walk0 = step * tile.walked;
+      const int key0 = OF_KEYS ? own0 : walk0, key1 = OF_KEYS ? own1 : walk0 + tile.walked;
+      const int query0 = OF_KEYS ? walk0 : own0, query1 = OF_KEYS ? walk0 + tile.walked : own1;
+      const bool any = own0 < owned && key1 > query0 + p.first_shift && key0 < query1 + p.last_shift;
+      const bool edge = key0 < query1 - 1 + p.first_shift || key1 > query0 + p.last_shift + 1 || key1 > p.key_length;
+      const unsigned char* const walked1 = first_ring + (slot ^ 1) * kSlotBytes;
+      const unsigned char* const walked2 = second_ring + (kSecondSlots > 1 ? slot ^ 1 : 0) * kSlotBytes;
+      Scores s = {}, dp = {};
+      if (any) {
+        const Place at = {head, own0, walk0 + col, lane};
+        const uint32_t dropped = p.drop_below ? dropped_scores(p, at) : 0;
+        multiply_rows<T, tile.width, tile.rows, tile.walked, 2>(s, first_own, row, walked1, col, lane);
+        multiply_rows<T, tile.width, tile.rows, tile.walked, 2>(dp, second_own, row, walked2, col, lane);
+        weigh(p, s, dp, at, rows, statistics + (slot ^ 1) * 2 * tile.walked + col, dropped, edge);
+        if constexpr (kWarpsN > 1) {
+          store_weights(weights, dp, row, col, lane);
+          if constexpr (OF_KEYS) store_weights(weights + kWeightBytes, s, row, col, lane);
+        }
+      }
+      if constexpr (kWarpsN > 1) __syncthreads();  // weights are there for the warp that shares the rows
+      if constexpr (OF_KEYS)
+        if (any) multiply_weights(second, s, weights + kWeightBytes, row, walked2, chunk, lane);
+      if constexpr (kSecondSlots == 1) {
+        if constexpr (OF_KEYS || kWarpsN == 1) __syncthreads();  // all have read the slot
+        load_second(0);
+        ptx::cp_async_commit();
+      }
+      if (any) multiply_weights(first, dp, weights, row, walked1, chunk, lane);
+      if (++step < end) continue;
+      step = begin;
+      if (++head == end_head) break;
+    }
     ptx::cp_async_wait<0>();
     __syncthreads();  // nobody reads own rows any more
     store(b.grad, first, static_cast<float>(b.grad_scale), first_own, item, r0, owned, p.head_dim, row, chunk, lane);

@@ -31,19 +31,21 @@ FASTNN_DEVICE void copy_gathered(unsigned char* to, const uint16_t* from, int64_
 
 // Rows first .. first + ROWS, by all threads; the caller commits and waits.
 template <int WIDTH, int ROWS, int THREADS>
-FASTNN_DEVICE void copy_panels(unsigned char* to, const RowMatrix& matrix, int64_t first) {
+FASTNN_DEVICE void copy_panels(unsigned char* to, const RowMatrix& matrix, int64_t first,
+                               int thread = static_cast<int>(threadIdx.x)) {
 // Before sm_80 a copy is a load and a store: few at a time, or registers run out.
 #pragma unroll(kArch >= 800 ? WIDTH / 8 : 1)
   for (int c = 0; c + 8 <= WIDTH / 8; c += 8)
-    copy_tile<ROWS, 8, THREADS>(to + c / 8 * ROWS * 128, matrix, first, 8 * c);
+    copy_tile<ROWS, 8, THREADS>(to + c / 8 * ROWS * 128, matrix, first, 8 * c, thread);
   if constexpr (WIDTH % 64 == 32)
-    copy_tile<ROWS, 4, THREADS>(to + WIDTH / 64 * ROWS * 128, matrix, first, WIDTH / 64 * 64);
+    copy_tile<ROWS, 4, THREADS>(to + WIDTH / 64 * ROWS * 128, matrix, first, WIDTH / 64 * 64, thread);
 }
 template <int WIDTH, int ROWS, int THREADS>
-FASTNN_DEVICE void copy_positions(unsigned char* to, const RowMatrix& matrix, int64_t col_stride, int first) {
-  if (col_stride == 1) return copy_panels<WIDTH, ROWS, THREADS>(to, matrix, first);
+FASTNN_DEVICE void copy_positions(unsigned char* to, const RowMatrix& matrix, int64_t col_stride, int first,
+                                  int thread = static_cast<int>(threadIdx.x)) {
+  if (col_stride == 1) return copy_panels<WIDTH, ROWS, THREADS>(to, matrix, first, thread);
 #pragma unroll 1
-  for (int index = static_cast<int>(threadIdx.x); index < ROWS * (WIDTH / 8); index += THREADS) {
+  for (int index = thread; index < ROWS * (WIDTH / 8); index += THREADS) {
     const int r = index / (WIDTH / 8), c = index % (WIDTH / 8);
     const int count = first + r < matrix.rows ? cut(static_cast<int>(matrix.cols) - 8 * c, 0, 8) : 0;
     copy_gathered(to + panel_place<WIDTH, ROWS>(r, c), matrix.data + (first + r) * matrix.ld + 8 * c * col_stride,
@@ -51,11 +53,12 @@ FASTNN_DEVICE void copy_positions(unsigned char* to, const RowMatrix& matrix, in
   }
 }
 
-// s += a bᵀ: rows `row` … of tile a by rows `col` … of tile b, over all features.
-template <class T, int WIDTH, int ROWS_A, int ROWS_B, int M, int N>
+// s += a bᵀ: rows `row` … of tile a by rows `col` … of tile b, over all features. UNROLL: how many of its steps' loads may
+// run ahead, in registers.
+template <class T, int WIDTH, int ROWS_A, int ROWS_B, int UNROLL = WIDTH / 16, int M, int N>
 FASTNN_DEVICE void multiply_rows(float (&s)[M][N][4], const unsigned char* a, int row, const unsigned char* b, int col,
                                  int lane) {
-#pragma unroll(kArch >= 800 ? WIDTH / 8 : 1)  // sm_75 has no registers to spare for loads ahead
+#pragma unroll(kArch >= 800 ? UNROLL : 1)  // sm_75 has no registers to spare for loads ahead
   for (int d = 0; d < WIDTH / 8; d += 2) {
     uint32_t left[M][4];
 #pragma unroll
