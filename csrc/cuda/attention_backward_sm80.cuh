@@ -34,6 +34,7 @@ struct AttentionGradMmaKernel {
   static constexpr int kChunks = tile.width / 8, kFragmentsO = kChunks / kWarpsN, kSecondSlots = tile.second_slots;
   static constexpr int kOwnBytes = tile.rows * tile.width * 2, kSlotBytes = tile.walked * tile.width * 2;
   static constexpr int kWeightBytes = kWarpsN > 1 ? tile.rows * tile.walked * 2 : 0;
+  static constexpr int kUnroll = kArch < 1000 || kFragmentsM == 1 ? 2 : 1;  // of loads ahead: what registers allow
   static constexpr bool kBuilt = attention_grad_built(tile, kArch);
   static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0 && kFragmentsM <= 2);
   static_assert(kFragmentsM * kFragmentsS * 4 <= 32, "a thread's dropped scores are the bits of one word");
@@ -335,9 +336,7 @@ struct AttentionGradMmaKernel {
     copy<tile.rows>(first_own, head_of(own1, item), own1, owned, p.head_dim, r0);
     copy<tile.rows>(second_own, head_of(own2, item), own2, owned, p.value_dim, r0);
 
-    const int warp = thread / 32, lane = thread % 32;
-    const int row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
-    const int chunk = warp % kWarpsN * kFragmentsO;
+    const int warp = thread / 32, lane = thread % 32, row = warp / kWarpsN * kWarpRows;
     Rows rows = {};
     if constexpr (!OF_KEYS) {
 #pragma unroll
@@ -383,8 +382,8 @@ struct AttentionGradMmaKernel {
       if (any) {
         const Place at = {head, own0, walk0 + col, lane};
         const uint32_t dropped = p.drop_below ? dropped_scores(p, at) : 0;
-        multiply_rows<T, tile.width, tile.rows, tile.walked, 2>(s, first_own, row, walked1, col, lane);
-        multiply_rows<T, tile.width, tile.rows, tile.walked, 2>(dp, second_own, row, walked2, col, lane);
+        multiply_rows<T, tile.width, tile.rows, tile.walked, kUnroll>(s, first_own, row, walked1, col, lane);
+        multiply_rows<T, tile.width, tile.rows, tile.walked, kUnroll>(dp, second_own, row, walked2, col, lane);
         weigh(p, s, dp, at, rows, statistics + (slot ^ 1) * 2 * tile.walked + col, dropped, edge);
         if constexpr (kWarpsN > 1) {
           store_weights(weights, dp, row, col, lane);
@@ -406,6 +405,7 @@ struct AttentionGradMmaKernel {
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // nobody reads own rows any more
+    const int chunk = warp % kWarpsN * kFragmentsO;
     store(b.grad, first, static_cast<float>(b.grad_scale), first_own, item, r0, owned, p.head_dim, row, chunk, lane);
     if constexpr (OF_KEYS)
       store(b.grad_value, second, 1.0f, second_own, item, r0, owned, p.value_dim, row, chunk, lane);

@@ -149,18 +149,18 @@ constexpr int attention_grad_shared_bytes(const AttentionGradTile& t) {
   return own + ring + (t.warps_of_columns > 1 ? 2 * t.rows * t.walked * 2 : 0) + 2 * 2 * t.walked * 4;
 }
 
-// Whether a tile is built for the arch. The tile of 161 KiB is for the chips of 163 KiB and more, each by its number:
+// Whether a tile is built for the arch: sm_75 has too few registers. The tile of 161 KiB is for the chips of 163 KiB and more, each by its number:
 // another chip runs the code of one that it resembles.
 constexpr bool attention_grad_built(const AttentionGradTile& t, int arch) {
   const int bytes = attention_grad_shared_bytes(t);
   if (bytes > 101376) return arch == 800 || arch == 900 || arch == 1000 || arch == 1030;
-  return arch >= 800 || bytes <= 65536;
+  return arch >= 800;
 }
 constexpr bool attention_grad_fits(DType dtype, int64_t head_dim, int64_t value_dim, const AttentionGradTile& t,
                                    int capability, int shared_bytes) {
   const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
-  return half && (capability >= 80 || dtype == DType::Float16) && head_dim <= t.width && value_dim <= t.width &&
-         attention_grad_built(t, 10 * capability) && attention_grad_shared_bytes(t) <= shared_bytes;
+  return half && head_dim <= t.width && value_dim <= t.width && attention_grad_built(t, 10 * capability) &&
+         attention_grad_shared_bytes(t) <= shared_bytes;
 }
 // The tile for dQ, dK and dV, or none: then the kernels without tensor cores serve.
 constexpr int attention_grad_tile(DType dtype, int64_t head_dim, int64_t value_dim, int capability, int shared_bytes) {
