@@ -11,11 +11,11 @@
 // through shared memory. Steps that no own position sees are not walked; limits are looked at on edges alone.
 //
 // No atomics, sums in one order: the same result every time.
-// Floor: 7 products of 2·L·S·d FLOPs for each head (half of it where causal), 2·L·S exponentials, each of Q, K, V, dO
-// read and each gradient written once; L2 gives 256 FLOPs a byte of what is walked by a block of 128x128. A product's
-// operands come from shared memory: 32 rows a warp read 190 to 260 bytes for each 4096 FLOPs of an mma, 16 rows 256 to
-// 384, of 128 bytes a clock; tensor cores take 2 clocks for them on sm_80. So tiles of 32 rows are bound by the tensor
-// cores there, those of 16 by shared memory. No figure: not yet measured on a GPU.
+// Floor: 7 products of 2·L·S·d FLOPs for each head (half of it where causal), 2·L·S exponentials; Q, K, V, dO are read
+// from memory once for each kernel, and what is walked by each block from L2: 2·rows FLOPs of dK and dV for a byte,
+// 1.5·rows of dQ. Operands come from shared memory, 128 bytes a clock: with 32 rows a warp 128 to 256 bytes for each mma
+// of 4096 FLOPs, with 16 rows 256 to 512; the tensor cores of sm_80 take 2 clocks for one. So tiles of 32 rows a warp
+// are bound by tensor cores there, those of 16 by shared memory. No figure: not yet measured on a GPU.
 // Source: Dao, "FlashAttention-2", arXiv 2307.08691, section 3.2.
 #pragma once
 
