@@ -34,7 +34,9 @@ struct AttentionGradMmaKernel {
   static constexpr int kChunks = tile.width / 8, kFragmentsO = kChunks / kWarpsN, kSecondSlots = tile.second_slots;
   static constexpr int kOwnBytes = tile.rows * tile.width * 2, kSlotBytes = tile.walked * tile.width * 2;
   static constexpr int kWeightBytes = kWarpsN > 1 ? tile.rows * tile.walked * 2 : 0;
-  static constexpr int kUnroll = kArch < 1000 || kFragmentsM == 1 ? 2 : 1;  // of loads ahead: what registers allow
+  // How many loads of operands run ahead of their products: what registers allow.
+  static constexpr int kUnroll = !OF_KEYS ? 4 : kArch < 1000 || kFragmentsM == 1 ? 2 : 1;
+  static constexpr int kUnrollWeights = kWarpsN == 1 ? tile.walked / 16 : OF_KEYS ? 1 : 2;
   static constexpr bool kBuilt = attention_grad_built(tile, kArch);
   static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0 && kFragmentsM <= 2);
   static_assert(kFragmentsM * kFragmentsS * 4 <= 32, "a thread's dropped scores are the bits of one word");
@@ -212,7 +214,7 @@ struct AttentionGradMmaKernel {
   }
   static FASTNN_DEVICE void multiply_weights(Columns& out, const Scores& s, const unsigned char* weights, int row,
                                              const unsigned char* walked, int chunk, int lane) {
-#pragma unroll(kWarpsN == 1 ? tile.walked / 16 : 1)
+#pragma unroll(kUnrollWeights)
     for (int k = 0; k < tile.walked / 8; k += 2) {
       uint32_t a[kFragmentsM][4];
       if constexpr (kWarpsN == 1) {

@@ -195,7 +195,8 @@ void check_simt(int count) {
   }
 }
 
-// Tensor cores: edges of the tile one at a time, then everything at random.
+// Tensor cores: edges of the tile one at a time, for one type (the other differs in conversions alone), then everything
+// at random.
 template <class T>
 void check_mma(int tile, int count) {
   const AttentionGradTile& t = kAttentionGradTiles[tile];
@@ -204,6 +205,7 @@ void check_mma(int tile, int count) {
   c.tile = tile;
   for (const int L : {0, 1, 15, 17, t.walked - 1, t.walked, t.walked + 1, t.rows, t.rows + 1})
     for (const int S : {0, 1, 31, t.walked + 1, t.rows - 1, t.rows + 1}) {
+      if (std::is_same_v<T, BFloat16>) continue;
       c.L = L, c.S = S, c.D = c.V = L + S > 64 ? 8 : w, c.last = L % 2 ? kAttentionNoLimit : S - L;
       check<T>(c);
     }
@@ -368,7 +370,7 @@ int main(int argc, char** argv) {
   for (int tile = 0; tile < kAttentionGradTileCount; ++tile) {
     part("mma " + std::to_string(tile), [&] {
       host::machine.shared_bytes = 166912;
-      check_mma<Float16>(tile, 40), check_mma<BFloat16>(tile, 25);
+      check_mma<Float16>(tile, 35), check_mma<BFloat16>(tile, 20);
     });
     part("exact " + std::to_string(tile), [&] {
       host::machine.shared_bytes = 166912;
