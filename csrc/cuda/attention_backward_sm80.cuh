@@ -354,7 +354,8 @@ struct AttentionGradMmaKernel {
     }
     Columns first = {};
     Columns second = {};  // dV
-                          // The first turn brings own rows and the first step, and works on none.
+
+    // The first turn brings own rows and the first step, and works on none.
 #pragma unroll 1
     for (;; slot ^= 1) {
       ptx::cp_async_wait<0>();
@@ -368,6 +369,7 @@ struct AttentionGradMmaKernel {
         continue;
       }
 
+      // As above, worked out again in each step: addresses that hang on it are not kept in registers.
       const int again = ptx::opaque(thread);
       const int warp = again / 32, lane = again % 32;
       const int row = warp / kWarpsN * kWarpRows, col = warp % kWarpsN * kWarpCols;
