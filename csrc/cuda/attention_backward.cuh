@@ -6,12 +6,13 @@
 // One kernel for each gradient, of one text: a block owns 64 positions (queries for dQ, else keys) and 128 columns of
 // their gradient (64 in double), and walks along the other side, 64 positions a step; for dK and dV over all heads that
 // share the keys, in their order. An added mask's gradient is dS itself: a block owns 64x64 of it, or all that a
-// broadcast mask adds up, and walks over the heads (and tiles) that it was added to. A thread has 4x4 scores and their dP; slices of eight features, then slices of eight
-// positions of what the weights are multiplied by, come through one ring of three stages, as in attention_simt.cuh. No
-// atomics, no sums between blocks: the same result every time.
+// broadcast mask adds up, and walks over the heads (and tiles) that it was added to. A thread has 4x4 scores and their
+// dP; slices of eight features, then slices of eight positions of what the weights are multiplied by, come through one
+// ring of three stages, as in attention_simt.cuh. No atomics, no sums between blocks: the same result every time.
 //
-// Bound by the FMA units: eight products where five would do, for dK and dV are made apart. No tensor cores yet. No
-// figure: not yet measured on a GPU.
+// They serve float and double, heads wider than 256, sm_75, and the mask's gradient; attention_backward_sm80.cuh serves
+// the rest. Bound by the FMA units: eight products where five would do, for dK and dV are made apart. No figure: not yet
+// measured on a GPU.
 // Source: Dao et al., "FlashAttention", arXiv 2205.14135, section 2.3.
 #pragma once
 
@@ -21,10 +22,10 @@
 namespace fastnn::cuda {
 
 struct AttentionBackward {
-  AttentionForward forward;  // lse is an input; mask, scale and dropout as there
-  AttentionRows grad_output, grad;
-  const void* grad_lse;  // or null
-  void* delta;           // [heads, query_length] of the compute type
+  AttentionForward forward;                     // lse is an input; mask, scale and dropout as there
+  AttentionRows grad_output, grad, grad_value;  // grad: of query, key or, apart, value; grad_value: made with the key's
+  const void* grad_lse;                         // or null
+  void* delta;                                  // [heads, query_length] of the compute type
   double grad_scale;
   void* grad_mask;  // [.., mask_rows, mask_cols] of the compute type
   HeadOffsets mask_index;

@@ -11,6 +11,9 @@ AttentionProblem attention_problem(const AttentionParams& p);
 AttentionPlan attention_forward_plan(const AttentionParams& p);
 Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
                                  Workspace workspace, Stream stream);
+// tile: into kAttentionGradTiles, or kNoAttentionGradTile.
+Status attention_backward_planned(const AttentionBackwardParams& p, int tile, const int64_t* philox_seed,
+                                  Workspace workspace, Stream stream);
 
 // attention_sm90.cu: whether TMA can tell where query, key and value lie; and the launch of plan.kernel Wgmma. `told` is
 // false where the tensor maps could not be made, since the driver would not: nothing was launched then.

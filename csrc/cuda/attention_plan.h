@@ -166,4 +166,47 @@ constexpr int64_t attention_section(int64_t heads, int64_t group, int64_t bytes_
   return section < heads ? section : heads;
 }
 
+// ---- gradients ------------------------------------------------------------------------------------------------------
+
+// A block owns `rows` keys (for dK and dV) or queries (for dQ) and walks along the other side, `walked` a step. Warps
+// share the rows and, where accumulators of all columns do not fit a warp's registers, the columns. `second_slots`: of
+// dO (for dQ: of values) in shared memory; with one its copy does not run a step ahead.
+struct AttentionGradTile {
+  int width, rows, walked, warps_of_rows, warps_of_columns, second_slots;
+};
+inline constexpr AttentionGradTile kAttentionGradTiles[] = {
+    {64, 128, 32, 4, 1, 2},
+    {128, 128, 64, 4, 2, 2},  // 32 rows a warp: a third less is read from shared memory for each product
+    {128, 128, 32, 8, 1, 2},  // where a block may have 99 KiB
+    {256, 32, 32, 2, 2, 1},
+};
+inline constexpr int kAttentionGradTileCount = 4, kNoAttentionGradTile = -1;
+
+constexpr int attention_grad_threads(const AttentionGradTile& t) { return 32 * t.warps_of_rows * t.warps_of_columns; }
+// What the block owns, the ring, P and dS where warps exchange them, lse and delta of two steps.
+constexpr int attention_grad_shared_bytes(const AttentionGradTile& t) {
+  const int own = 2 * t.rows * t.width * 2, ring = (2 + t.second_slots) * t.walked * t.width * 2;
+  return own + ring + (t.warps_of_columns > 1 ? 2 * t.rows * t.walked * 2 : 0) + 2 * 2 * t.walked * 4;
+}
+
+// Whether a tile is built for the arch: sm_75 has too few registers. The tile of 161 KiB is for the chips of 163 KiB and more, each by its number:
+// another chip runs the code of one that it resembles.
+constexpr bool attention_grad_built(const AttentionGradTile& t, int arch) {
+  const int bytes = attention_grad_shared_bytes(t);
+  if (bytes > 101376) return arch == 800 || arch == 900 || arch == 1000 || arch == 1030;
+  return arch >= 800;
+}
+constexpr bool attention_grad_fits(DType dtype, int64_t head_dim, int64_t value_dim, const AttentionGradTile& t,
+                                   int capability, int shared_bytes) {
+  const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
+  return half && head_dim <= t.width && value_dim <= t.width && attention_grad_built(t, 10 * capability) &&
+         attention_grad_shared_bytes(t) <= shared_bytes;
+}
+// The tile for dQ, dK and dV, or none: then the kernels without tensor cores serve.
+constexpr int attention_grad_tile(DType dtype, int64_t head_dim, int64_t value_dim, int capability, int shared_bytes) {
+  for (int i = 0; i < kAttentionGradTileCount; ++i)
+    if (attention_grad_fits(dtype, head_dim, value_dim, kAttentionGradTiles[i], capability, shared_bytes)) return i;
+  return kNoAttentionGradTile;
+}
+
 }  // namespace fastnn::cuda

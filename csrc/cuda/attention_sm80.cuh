@@ -18,15 +18,9 @@
 #pragma once
 
 #include "cuda/attention_plan.h"
-#include "cuda/attention_scores.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/attention_tile.cuh"
 
 namespace fastnn::cuda {
-
-// tanh(x) within 2^-22: enough beside scores whose operands have 11 bits.
-FASTNN_DEVICE float tanh_approximate(float x) {
-  return 1.0f - ptx::divide(2.0f, 1.0f + ptx::exp2_approximate(x * (2 * kLog2E<float>)));
-}
 
 template <class T, int TILE>
 struct AttentionMmaKernel {
@@ -39,21 +33,9 @@ struct AttentionMmaKernel {
   static constexpr bool kBuilt = attention_built(tile, kArch);
   static_assert(kFragmentsS % 2 == 0 && kFragmentsO % 2 == 0);
 
-  // A tile lies as panels of 64 features, the last of 64 or 32. In bytes: where chunk c + more of row r lies, both of
-  // the same panel.
   template <int ROWS>
   static FASTNN_DEVICE int place(int r, int c, int more = 0) {
-    const int panel = c / 8, at = panel * ROWS * 128;
-    if (kChunks % 8 == 0 || panel < kChunks / 8) return at + 16 * swizzled<8>(r, c % 8 + more);
-    return at + 16 * swizzled<4>(r, c % 8 + more);
-  }
-  template <int ROWS>
-  static FASTNN_DEVICE void copy_panels(unsigned char* to, const RowMatrix& matrix, int64_t row) {
-// Before sm_80 a copy is a load and a store: few at a time, or registers run out.
-#pragma unroll(kArch >= 800 ? kChunks : 1)
-    for (int c = 0; c + 8 <= kChunks; c += 8) copy_tile<ROWS, 8, kThreads>(to + c / 8 * ROWS * 128, matrix, row, 8 * c);
-    if constexpr (kChunks % 8 == 4)
-      copy_tile<ROWS, 4, kThreads>(to + kChunks / 8 * ROWS * 128, matrix, row, kChunks / 8 * 64);
+    return panel_place<tile.width, ROWS>(r, c, more);
   }
 
   struct State {
@@ -69,23 +51,11 @@ struct AttentionMmaKernel {
 
   // ---- to shared memory ---------------------------------------------------------------------------------------------
 
-  // 16 bytes of a row that lies in any way, or zeros.
-  static FASTNN_DEVICE void copy_gathered(unsigned char* to, const uint16_t* from, int64_t stride, int count) {
-    Vector<uint32_t, 4> words;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t low = 2 * j < count ? from[2 * j * stride] : 0;
-      const uint32_t high = 2 * j + 1 < count ? from[(2 * j + 1) * stride] : 0;
-      words.data[j] = low | high << 16;
-    }
-    ptx::shared_store(to, words);
-  }
-
   static FASTNN_DEVICE void copy_queries(unsigned char* to, const AttentionForward& p, uint32_t item, int r0) {
     const uint16_t* const data = static_cast<const uint16_t*>(p.query.data);
     if (p.heads_of_item == 1 && p.query.col_stride == 1) {
       const RowMatrix matrix = {data + p.query.heads(item), p.query.row_stride, p.rows, p.head_dim, p.query.width};
-      return copy_panels<tile.rows>(to, matrix, r0);
+      return copy_panels<tile.width, tile.rows, kThreads>(to, matrix, r0);
     }
 #pragma unroll 1
     for (int index = static_cast<int>(threadIdx.x); index < tile.rows * kChunks; index += kThreads) {
@@ -97,61 +67,15 @@ struct AttentionMmaKernel {
     }
   }
 
-  // Positions first .. first + keys of key or value.
-  static FASTNN_DEVICE void copy_positions(unsigned char* to, const RowMatrix& matrix, int64_t col_stride, int first) {
-    if (col_stride == 1) return copy_panels<tile.keys>(to, matrix, first);
-#pragma unroll 1
-    for (int index = static_cast<int>(threadIdx.x); index < tile.keys * kChunks; index += kThreads) {
-      const int r = index / kChunks, c = index % kChunks;
-      const int count = first + r < matrix.rows ? cut(static_cast<int>(matrix.cols) - 8 * c, 0, 8) : 0;
-      copy_gathered(to + place<tile.keys>(r, c), matrix.data + (first + r) * matrix.ld + 8 * c * col_stride, col_stride,
-                    count);
-    }
-  }
-
   // ---- products -----------------------------------------------------------------------------------------------------
-
-  static FASTNN_DEVICE void multiply_keys(float (&s)[kFragmentsM][kFragmentsS][4], const unsigned char* query, int row,
-                                          const unsigned char* keys, int key, int lane) {
-#pragma unroll(kArch >= 800 ? kChunks : 1)  // sm_75 has no registers to spare for loads ahead
-    for (int d = 0; d < kChunks; d += 2) {
-      uint32_t a[kFragmentsM][4];
-#pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i)
-        ptx::ldmatrix_x4(a[i], query + place<tile.rows>(row + 16 * i + lane % 16, d, lane / 16));
-#pragma unroll
-      for (int j = 0; j < kFragmentsS; j += 2) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, keys + place<tile.keys>(key + 8 * j + lane / 16 * 8 + lane % 8, d, lane / 8 % 2));
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-          ptx::mma_m16n8k16(s[i][j], a[i], {b[0], b[1]}, T{});
-          ptx::mma_m16n8k16(s[i][j + 1], a[i], {b[2], b[3]}, T{});
-        }
-      }
-    }
-  }
 
   static FASTNN_DEVICE void multiply_values(State& state, const float (&s)[kFragmentsM][kFragmentsS][4],
                                             const unsigned char* values, int key, int lane) {
 #pragma unroll
     for (int k = 0; k < kFragmentsS; k += 2) {
       uint32_t a[kFragmentsM][4];
-#pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          a[i][j] = ptx::pack_pair(s[i][k + j / 2][j % 2 * 2], s[i][k + j / 2][j % 2 * 2 + 1], T{});
-#pragma unroll
-      for (int n = 0; n < kFragmentsO; n += 2) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, values + place<tile.keys>(key + 8 * k + lane % 16, n, lane / 16));
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-          ptx::mma_m16n8k16(state.out[i][n], a[i], {b[0], b[1]}, T{});
-          ptx::mma_m16n8k16(state.out[i][n + 1], a[i], {b[2], b[3]}, T{});
-        }
-      }
+      rounded<T>(a, s, k);
+      multiply_columns<T, tile.width, tile.keys>(state.out, a, values, key + 8 * k, 0, lane);
     }
   }
 
@@ -425,9 +349,9 @@ struct AttentionMmaKernel {
       if (piece < 2 * tiles.end) {
         unsigned char* const slot = ring + piece % kSlots * kSlotBytes;
         if (piece % 2 == 0)
-          copy_positions(slot, keys, p.key.col_stride, piece / 2 * tile.keys);
+          copy_positions<tile.width, tile.keys, kThreads>(slot, keys, p.key.col_stride, piece / 2 * tile.keys);
         else
-          copy_positions(slot, values, p.value.col_stride, piece / 2 * tile.keys);
+          copy_positions<tile.width, tile.keys, kThreads>(slot, values, p.value.col_stride, piece / 2 * tile.keys);
       }
       ptx::cp_async_commit();  // an empty group at the end, so that the count of groups stays in step
     };
@@ -448,7 +372,7 @@ struct AttentionMmaKernel {
       float s[kFragmentsM][kFragmentsS][4] = {};
       const unsigned char* slot = landed(2 * step);
       if (any) {
-        multiply_keys(s, query, warp_row, slot, warp_key, lane);
+        multiply_rows<T, tile.width, tile.rows, tile.keys>(s, query, warp_row, slot, warp_key, lane);
         if constexpr (tile.general) finish_scores(p, s, k0, mask, lane);
         if (k0 < seen.all_begin || k0 + kWarpKeys > seen.all_end) limit_scores(p, s, k0, item, r0 + warp_row, lane);
         softmax(state, s, c);

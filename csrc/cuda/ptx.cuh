@@ -225,6 +225,13 @@ FASTNN_DEVICE float exp2_approximate(float x) {
   return power;
 }
 
+// The same number, of which the compiler knows nothing: what is worked out of it in a loop is not kept in registers from
+// before the loop.
+FASTNN_DEVICE int opaque(int x) {
+  FASTNN_PTX(asm volatile("" : "+r"(x)), (void)x);
+  return x;
+}
+
 // ---- conversions ---------------------------------------------------------------------------------------------------
 
 FASTNN_DEVICE float half_to_float(uint16_t bits) {

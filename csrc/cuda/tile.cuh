@@ -52,10 +52,11 @@ FASTNN_DEVICE void copy_chunk_by_elements(unsigned char* to, const uint16_t* fro
 // Rows row .. row + ROWS, columns col .. col + 8 CHUNKS; zeros outside of the matrix. By THREADS threads; the caller
 // commits and waits. A thread has the same chunk of rows that lie kStep apart, so one address serves them all.
 template <int ROWS, int CHUNKS, int THREADS>
-FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64_t row, int64_t col) {
+FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64_t row, int64_t col,
+                             int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kStep = THREADS / CHUNKS, kEach = ROWS / kStep;
   static_assert(THREADS % CHUNKS == 0 && ROWS % kStep == 0 && kStep % 8 == 0, "the swizzle repeats after eight rows");
-  const int r = static_cast<int>(threadIdx.x) / CHUNKS, c = static_cast<int>(threadIdx.x) % CHUNKS;
+  const int r = thread / CHUNKS, c = thread % CHUNKS;
   const int rows_left = static_cast<int>(matrix.rows - row < ROWS ? matrix.rows - row : ROWS) - r;
   const int cols_left = static_cast<int>(matrix.cols - col < 8 * CHUNKS ? matrix.cols - col : 8 * CHUNKS) - 8 * c;
   const int count = cols_left < 0 ? 0 : cols_left > 8 ? 8 : cols_left;

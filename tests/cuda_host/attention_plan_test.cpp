@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <set>
 
+#include "cuda/attention_backward_sm80.cuh"
 #include "cuda/attention_simt.cuh"
 #include "cuda/attention_sm80.cuh"
 #include "cuda/attention_sm90.cuh"
@@ -167,6 +168,51 @@ void check_plans() {
   static_assert(kAttentionTiles[attention_plan(decode, 90, 132, 232448).tile].rows == 16);
 }
 
+// Gradients: every problem that a built tile holds goes to tensor cores, to the narrowest and largest that fits, and
+// chips are never given what their code lacks.
+template <int TILE>
+void check_grad_tiles() {
+  constexpr AttentionGradTile t = kAttentionGradTiles[TILE];
+  using Keys = AttentionGradMmaKernel<Float16, TILE, true>;
+  const int bytes = attention_grad_shared_bytes(t);
+  expect(
+      bytes == 2 * Keys::kOwnBytes + (2 + t.second_slots) * Keys::kSlotBytes + 2 * Keys::kWeightBytes + 16 * t.walked,
+      "the plan's shared memory is what the kernel lays out");
+  expect(t.rows % (16 * t.warps_of_rows) == 0 && t.walked % (16 * t.warps_of_columns) == 0, "warps share a tile");
+  for (const int arch : {750, 800, 860, 870, 890, 900, 1000, 1030, 1100, 1200, 1210})
+    if (attention_grad_built(t, arch))
+      expect(arch >= 800 && bytes <= (arch == 800 || arch == 900 || arch == 1000 || arch == 1030 ? 166912 : 101376),
+             "a tile is built where a block has the memory");
+  // What P and dS go through: ldmatrix reads eight rows of a chunk without bank conflicts.
+  for (int r = 0; r < t.rows; r += 8)
+    for (int c = 0; c < t.walked / 8; ++c) {
+      std::set<int> banks;
+      for (int i = 0; i < 8; ++i) banks.insert(panel_place<t.walked, t.rows>(r + i, c) / 16 % 8);
+      expect(banks.size() == 8, "weights are read without bank conflicts");
+    }
+  if constexpr (TILE + 1 < kAttentionGradTileCount) check_grad_tiles<TILE + 1>();
+}
+
+void check_grad_plans() {
+  for (const DType dtype : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16})
+    for (const int capability : {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121})
+      for (int64_t D = 0; D <= 300; ++D)
+        for (const int64_t V : {int64_t{0}, D, 300 - D}) {
+          const bool large = capability == 80 || capability == 90 || capability == 100 || capability == 103;
+          const int shared = capability == 75 ? 65536 : large ? 166912 : 101376;
+          const int tile = attention_grad_tile(dtype, D, V, capability, shared);
+          const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
+          const int64_t width = D > V ? D : V;
+          if (!half || capability < 80 || width > 256) {
+            expect(tile == kNoAttentionGradTile, "no tensor cores where there are none for it");
+            continue;
+          }
+          expect(tile == (width <= 64 ? 0 : width > 128 ? 3 : large ? 1 : 2), "the narrowest tile, the largest");
+          expect(attention_grad_fits(dtype, D, V, kAttentionGradTiles[tile], capability, shared), "a tile that fits");
+        }
+  static_assert(attention_grad_tile(DType::BFloat16, 128, 128, 90, 49152) == kNoAttentionGradTile);
+}
+
 }  // namespace
 
 int main() {
@@ -174,6 +220,8 @@ int main() {
   check_simt_keys<float>(), check_simt_keys<double>();
   check_order();
   check_plans();
+  check_grad_tiles<0>();
+  check_grad_plans();
   std::printf("attention plan: %d failed\n", failures);
   return failures != 0;
 }

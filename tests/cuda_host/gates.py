@@ -36,6 +36,11 @@ MEANT = [
         90,
         ["HGMMA.64", "UTMALDG.5D", "USETMAXREG.TRY_ALLOC", "USETMAXREG.DEALLOC", "MUFU.EX2", "STG.E.128"],
     ),
+    (
+        "attention_grad_mma_kernel",
+        80,
+        ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2", "STG.E.128"],
+    ),
     ("attention_grad_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
     ("attention_grad_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
     ("attention_weights_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128"]),
