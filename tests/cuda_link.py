@@ -10,27 +10,28 @@ import torch.nn.functional as F
 KINDS = ("", "_train", "_backward")  # the operators of an op that run kernels; _pack is for the CPU alone
 
 
-def operators(op, defined):
-    """The operators that an op of ``_C.cuda_ops`` stands for, of those that are defined."""
-    return [name for name in (f"fastnn::{op}{kind}" for kind in KINDS) if name in defined]
+def operators(op, has_kernel):
+    """The operators of an op of ``_C.cuda_ops`` that run kernels: those with one for the CPU."""
+    return [name for name in (f"fastnn::{op}{kind}" for kind in KINDS) if has_kernel(name, "CPU")]
 
 
 def mistakes(cuda_ops, defined, has_kernel):
     """What is wrong with the dispatcher's table: ``has_kernel(operator, dispatch key)``."""
     if not cuda_ops:
         return ["the extension says that no op has CUDA kernels: it was built without CUDA"]
-    found = []
-    promised = set()
+
+    def known(name, key):
+        return name in defined and has_kernel(name, key)
+
+    found, promised = [], set()
     for op in cuda_ops:
-        names = operators(op, defined)
+        names = operators(op, known)
         promised.update(names)
-        for name in (f"fastnn::{op}", f"fastnn::{op}_backward"):
-            if name not in names:
-                found.append(f"{name} is not defined")
-        found += [f"{name} has no CUDA kernel" for name in names if not has_kernel(name, "CUDA")]
-        found += [f"{name} has no CPU kernel" for name in names if not has_kernel(name, "CPU")]
+        if f"fastnn::{op}" not in names:
+            found.append(f"fastnn::{op} has no CPU kernel")
+        found += [f"{name} has no CUDA kernel" for name in names if not known(name, "CUDA")]
     for name in sorted(name for name in defined if name.startswith("fastnn::") and name not in promised):
-        if has_kernel(name, "CUDA"):
+        if known(name, "CUDA"):
             found.append(f"{name} has a CUDA kernel, and cuda_ops does not say so")
     return found
 
@@ -89,9 +90,10 @@ def main():
     print(f"{_C.__file__}\ntorch {torch.__version__}, CUDA {torch.version.cuda}")
     assert torch.version.cuda is not None, "this torch is built without CUDA"
     defined = set(torch._C._dispatch_get_all_op_names())
-    found = mistakes(_C.cuda_ops, defined, torch._C._dispatch_has_kernel_for_dispatch_key)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = mistakes(_C.cuda_ops, defined, has_kernel)
     assert not found, "\n".join(found)
-    print("registered:", ", ".join(name for op in _C.cuda_ops for name in operators(op, defined)))
+    print("registered:", ", ".join(name for op in _C.cuda_ops for name in operators(op, has_kernel)))
     check_info(_C.cuda_ops)
     check_cpu()
     print(f"the CPU's kernels are right; {check_without_a_gpu()}")
