@@ -4,6 +4,8 @@
 #   make test VENV=               no .venv: PYTHON's own packages and torch >= 2.11, as they are
 #   make test ARGS="-k linear"    ARGS reach pytest, the demo or the benchmark
 #   make check-cuda               needs nvcc, no GPU: kernels run on the CPU, compiled for every architecture, and read
+#   make check-cuda-link          needs nvcc, no GPU: the extension built against a CUDA build of torch, and loaded
+#   make gpu-check VENV= OUT=dir  needs a GPU: builds for it, runs its tests and benchmark (STAGE=build|test|bench)
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -20,7 +22,7 @@ SOURCES := setup.py \
     $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print)
 RUN := PYTHONPATH="$(CURDIR)" $(PY)
 
-.PHONY: demo test bench lint test-asan test-avx512 check-cuda build clean FORCE
+.PHONY: demo test bench lint test-asan test-avx512 check-cuda check-cuda-link gpu-check build clean FORCE
 build: build/.built
 
 demo: build/.built
@@ -66,6 +68,26 @@ test-avx512: $(READY)
 # machine code read for spills and for the instructions that were meant.
 check-cuda:
 	$(MAKE) --no-print-directory -f tests/cuda_host/Makefile -j2 PYTHON=$(PYTHON) host gates
+
+# The extension against a CUDA build of torch, on a machine without a GPU: it links, loads, registers a kernel for each
+# op that says it has one, and the CPU's kernels still serve. CUDA_VENV names an environment that has such a torch;
+# the one made here fetches gigabytes. One architecture unless TORCH_CUDA_ARCH_LIST asks for more.
+CUDA_VENV ?= build/cuda-link/venv
+CUDA_TORCH ?= torch==2.11.0
+check-cuda-link: $(if $(filter build/cuda-link/%,$(CUDA_VENV)),$(CUDA_VENV)/.ready)
+	PATH="$(CUDA_VENV)/bin:$$PATH" FASTNN_CUDA=1 TORCH_CUDA_ARCH_LIST="$(or $(TORCH_CUDA_ARCH_LIST),9.0a)" \
+	    $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda-link --build-lib build/cuda-link/lib
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/cuda-link/lib" $(CUDA_VENV)/bin/python tests/cuda_link.py
+
+build/cuda-link/%/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check $(CUDA_TORCH) 'setuptools>=77' wheel pybind11 ninja numpy
+	touch $@
+
+# On a machine with a GPU, a torch that sees it, and nvcc. What it writes to OUT, and in how many minutes: the script says.
+OUT ?= build/gpu-check
+gpu-check: $(READY)
+	$(RUN) bench/gpu_check.py --out "$(OUT)" $(addprefix --stage ,$(STAGE)) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fastnn/*.so

@@ -130,3 +130,111 @@ def test_cuda_is_built_where_it_can_be_and_refused_in_words():
     if torch.version.cuda is None:
         assert "FASTNN_CUDA is 1, but torch" in asked("1").stderr
         assert "is built without CUDA." in asked("auto").stdout
+
+
+# ---- what setup.py says and hands to the compilers, before anything is compiled --------------------------------------
+
+
+@pytest.fixture
+def set_up(monkeypatch, tmp_path):
+    """Runs setup.py with a torch of our making and no build; returns what it handed to setuptools."""
+    import setuptools
+    import torch
+    from torch.utils import cpp_extension
+
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin/nvcc").write_text("")
+
+    def run_it(cuda=None, home=home, **environment):
+        handed = {}
+        for name in ("FASTNN_CUDA", "TORCH_CUDA_ARCH_LIST", "FASTNN_CXXFLAGS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", None if home is None else str(home))
+        monkeypatch.setattr(setuptools, "setup", lambda **options: handed.update(options))
+        runpy.run_path("setup.py")
+        (extension,) = handed["ext_modules"]
+        return extension
+
+    return run_it
+
+
+def is_cuda(extension) -> bool:
+    return any(source.endswith(".cu") for source in extension.sources)
+
+
+def generated(extension) -> list[str]:
+    return [flag for flag in extension.extra_compile_args["nvcc"] if flag.startswith("-gencode")]
+
+
+def test_a_torch_without_cuda_gets_the_cpu_kernels_and_a_reason(set_up, capsys):
+    extension = set_up(cuda=None)
+    assert not is_cuda(extension) and "-DFASTNN_CUDA" not in extension.extra_compile_args
+    assert re.fullmatch(
+        r"fastnn: builds the CPU kernels alone: torch \S+ is built without CUDA\.\n", capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match=r"^fastnn: FASTNN_CUDA is 1, but torch \S+ is built without CUDA\.$"):
+        set_up(cuda=None, FASTNN_CUDA="1")
+
+
+@pytest.mark.parametrize("where", ["none", "empty"])
+def test_without_nvcc_the_cpu_kernels_are_built_and_a_reason_is_given(set_up, capsys, tmp_path, where):
+    home = None if where == "none" else tmp_path  # a folder without bin/nvcc
+    assert not is_cuda(set_up(cuda="13.0", home=home))
+    assert "CPU kernels alone: nvcc was not found (CUDA_HOME says where it is)." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="FASTNN_CUDA is 1, but nvcc was not found"):
+        set_up(cuda="13.0", home=home, FASTNN_CUDA="1")
+
+
+@pytest.mark.parametrize("asked", ["auto", "1", None])
+def test_where_torch_and_nvcc_are_there_cuda_is_built(set_up, capsys, asked):
+    extension = set_up(cuda="13.0", **({} if asked is None else {"FASTNN_CUDA": asked}))
+    assert is_cuda(extension) and capsys.readouterr().out == ""
+    assert {"csrc/cuda/linear.cu", "csrc/cuda/attention.cu", "csrc/cpu/linear.cpp"} <= set(extension.sources)
+    assert "-DFASTNN_CUDA" in extension.extra_compile_args["cxx"]
+    assert generated(extension) == [
+        f"-gencode=arch=compute_{number},code={kind}_{number}"
+        for number, kind in (("75", "sm"), ("80", "sm"), ("80", "compute"), ("86", "sm"), ("89", "sm"), ("90a", "sm"),
+                             ("100f", "sm"), ("120f", "sm"))
+    ]  # fmt: skip
+
+
+def test_cuda_can_be_refused(set_up, capsys):
+    assert not is_cuda(set_up(cuda="13.0", FASTNN_CUDA="0"))
+    assert "CPU kernels alone: FASTNN_CUDA is 0." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="FASTNN_CUDA must be 0, 1 or auto; got 'on'"):
+        set_up(cuda="13.0", FASTNN_CUDA="on")
+
+
+@pytest.mark.parametrize(
+    "text, numbers",
+    [
+        ("9.0a", ["sm_90a"]),
+        ("8.0+PTX", ["sm_80", "compute_80"]),
+        ("8.0;9.0a+PTX", ["sm_80", "sm_90a", "compute_90a"]),
+        (" 7.5  10.0f; 12.1 ", ["sm_75", "sm_100f", "sm_121"]),
+    ],
+)
+def test_the_architectures_asked_for(set_up, text, numbers):
+    found = generated(set_up(cuda="13.0", TORCH_CUDA_ARCH_LIST=text))
+    assert found == [f"-gencode=arch=compute_{n.split('_')[1]},code={n}" for n in numbers]
+
+
+def test_no_architecture_asked_for_is_all_of_them(set_up):
+    every = generated(set_up(cuda="13.0"))
+    assert generated(set_up(cuda="13.0", TORCH_CUDA_ARCH_LIST="  ")) == every and len(every) == 8
+
+
+@pytest.mark.parametrize("text", ["90", "sm_90", "9.0b", "9.0 +PTX", "native", "9.0,8.0"])
+def test_architectures_that_are_none_are_refused(set_up, text):
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST must list numbers such as 8.0, 9.0a or 8.6.PTX; got '"):
+        set_up(cuda="13.0", TORCH_CUDA_ARCH_LIST=text)
+
+
+def test_flags_of_the_caller_come_last(set_up):
+    assert set_up(FASTNN_CXXFLAGS="-O1 -DX='a b'").extra_compile_args[-2:] == ["-O1", "-DX=a b"]
+    assert set_up(cuda="13.0", FASTNN_CXXFLAGS="-O1").extra_compile_args["cxx"][-2:] == ["-O1", "-DFASTNN_CUDA"]

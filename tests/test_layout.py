@@ -38,6 +38,13 @@ def test_ptx_stands_in_one_file(path):
     assert path.name == "ptx.cuh" or not re.search(r"\basm\b", path.read_text())
 
 
+@pytest.mark.parametrize("path", CSRC, ids=name)
+def test_the_sources_are_cxx17(path):
+    """torch 2.11 compiles extensions as C++17; later ones ask for C++20, so a slip would not show."""
+    code = re.sub(r"//.*", "", path.read_text())
+    assert not re.search(r"\b(requires|concept|consteval|constinit|co_await|char8_t)\b|<=>|std::span\b", code)
+
+
 @pytest.mark.parametrize("path", STUBS, ids=name)
 def test_a_stub_is_its_region_and_one_table(path):
     text = path.read_text()

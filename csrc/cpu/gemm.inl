@@ -397,6 +397,12 @@ inline Blocking blocking(int64_t M, int64_t N, int64_t K, int64_t KC, bool in_pl
   return s;
 }
 
+// Whether f takes an operand: what only some have, asked in C++17, with which older torch compiles extensions.
+template <class B, class F>
+constexpr bool takes(const F&) {
+  return std::is_invocable_v<F, const B&>;
+}
+
 // Serial: the region [m_begin, m_end) x [n_begin, n_end) of C. With `accumulate` (where the store is in place) the
 // product is added to what is there.
 template <class C, class A, class B, class Store>
@@ -409,7 +415,8 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
   int64_t group = 1;  // of panels of B
   if constexpr (!B::kPrepacked) group = b.group();
   int64_t KC = depth_of_block<C>(K);
-  if constexpr (requires { B::kDepth; }) KC = even_block(K, B::kDepth);  // of a B that takes memory to pack
+  if constexpr (takes<B>([](const auto& x) -> std::void_t<decltype(x.kDepth)> {}))
+    KC = even_block(K, B::kDepth);  // of a B that takes memory to pack
   const Blocking s = blocking<C>(m_end - m_begin, n_end - n_begin, K, KC, in_place, group);
   Scratch<C> memory(s.a_size + s.b_size + s.partial_size);
   C *const a_block = memory, *const b_block = a_block + s.a_size, *const partial = b_block + s.b_size;
@@ -452,7 +459,7 @@ void gemm_region(int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
                 place.partial_stride = s.NC;
               }
               Ahead ahead = next_panel(b_packed + depth * NR, depth, t, tiles.count);
-              if constexpr (requires { b.ahead(n, k, t); })
+              if constexpr (takes<B>([](const auto& x) -> std::void_t<decltype(x.ahead(0, 0, 0))> {}))
                 if ((mc == ms || !s.keep_b) && n + group * NR < nc_end) ahead = b.ahead(n, k, t);
               with_rows<C>(place.rows, [&](auto height) __attribute__((always_inline)) {
                 constexpr int ROWS = decltype(height)::value;
