@@ -75,6 +75,7 @@ check-cuda:
 CUDA_VENV ?= build/cuda-link/venv
 CUDA_TORCH ?= torch==2.11.0
 check-cuda-link: $(if $(filter build/cuda-link/%,$(CUDA_VENV)),$(CUDA_VENV)/.ready)
+	export CUDA_HOME="$${CUDA_HOME:-$$(test -e /usr/local/cuda/bin/nvcc && echo /usr/local/cuda)}"; \
 	PATH="$(CUDA_VENV)/bin:$$PATH" FASTNN_CUDA=1 TORCH_CUDA_ARCH_LIST="$(or $(TORCH_CUDA_ARCH_LIST),9.0a)" \
 	    $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda-link --build-lib build/cuda-link/lib
 	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/cuda-link/lib" $(CUDA_VENV)/bin/python tests/cuda_link.py

@@ -6,7 +6,14 @@ import re
 import shlex
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones do not read the licence in pyproject.toml
+    raise SystemExit(
+        f"fastnn: building needs setuptools >= 77, and this is {setuptools.__version__}. "
+        "Run: pip install --upgrade 'setuptools>=77'"
+    )
 
 try:
     import torch

@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None, measure=None) -> int:
     if measure is None:
         measure = on_gpu(options)
     rows = kept(options.json) if options.resume else []
-    run(cases, rows, measure, options)
+    alive = run(cases, rows, measure, options)
     print("\n" + cuda_table.tables(rows), flush=True)
-    if rows and "lost" in rows[-1]:
+    if not alive:
         return LOST
     return int(any(not cuda_table.measured(row) or row.get("wrong") for row in rows))
 
@@ -80,8 +80,12 @@ def on_gpu(options: argparse.Namespace):
     return Measure(Gpu(), options.quick)
 
 
-def run(cases: list, rows: list[dict], measure, options: argparse.Namespace) -> None:
-    """Measure what ``rows`` has not; add to it, write it, and print each row, while there is time."""
+def run(cases: list, rows: list[dict], measure, options: argparse.Namespace) -> bool:
+    """Measure what ``rows`` has not; add to it, write it, and print each row, while there is time.
+
+    Returns:
+        Whether the device is still of use to this process.
+    """
     start, done = time.monotonic(), {cuda_table.key(row) for row in rows}
     reserve = 0.0 if options.no_kernels else min(KERNELS, options.budget / 5)
     print(cuda_table.HEAD, flush=True)
@@ -99,10 +103,11 @@ def run(cases: list, rows: list[dict], measure, options: argparse.Namespace) -> 
         print(f"{case.family} {case.direction}: {cuda_table.line(rows[-1])}", flush=True)
         if "lost" in rows[-1]:
             print("the device is lost to this process; --resume goes on in another", flush=True)
-            return
+            return False
     if not options.no_kernels:
         name_kernels(cases, rows, measure.machine, start + options.budget)
         write(rows, options.json)
+    return True
 
 
 def name_kernels(cases: list, rows: list[dict], machine, until: float) -> None:

@@ -33,7 +33,8 @@ class Arms:
     Attributes:
         draw: makes one set of inputs, new random numbers with each call.
         own: fastnn, called as ``own(*tensors)``; gives the list of results.
-        peers: torch's ways, called likewise. The fastest stands in the table. One that raises is left out.
+        peers: torch's ways, called likewise. The fastest stands in the table. One that raises is left out; one named
+            "x, …" is tried where x was left out.
         check: gives pairs of (what was found, what is right in float64) for the tensors and the results of a call. It
             may look at a sample of the results.
         prepare: for each set made once, before the clock runs: ``prepare(function, tensors)`` gives the call that is

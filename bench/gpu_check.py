@@ -94,6 +94,14 @@ def architectures_of_setup() -> str:
     return re.search(r'^CUDA_ARCHS = "(.*?)"', (ROOT / "setup.py").read_text(), re.M)[1]
 
 
+def toolkit(home: str | None, usual: str = "/usr/local/cuda") -> str | None:
+    """Return where CUDA's toolkit is: ``home``, unless the nvcc there is a link or a script and the headers lie elsewhere."""
+    found = [Path(home), (Path(home) / "bin" / "nvcc").resolve().parent.parent] if home else []
+    found = [path for path in (*found, Path(usual)) if (path / "bin" / "nvcc").exists()]
+    whole = [path for path in found if (path / "include" / "cuda_runtime.h").exists()]
+    return str((whole or found)[0]) if found else None
+
+
 def marked() -> list[str]:
     """Return the files that hold tests marked cuda: the others may want packages that are not here."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
@@ -138,13 +146,15 @@ class Check:
     # ---- stages: each returns whether all is well, and one line
 
     def build(self) -> tuple[bool, str]:
-        if not self.machine["home"] or not (Path(self.machine["home"]) / "bin" / "nvcc").exists():
+        home = toolkit(self.machine["home"])
+        if home is None:
             return False, "nvcc was not found; CUDA_HOME says where CUDA's toolkit is"
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture(
             tuple(self.machine["capability"]), architectures_of_setup()
         )
         environment = os.environ | {
             "FASTNN_CUDA": "1",
+            "CUDA_HOME": home,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja may lie there
             "TORCH_CUDA_ARCH_LIST": archs,
             "MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 4),
@@ -157,7 +167,7 @@ class Check:
         text = log.read_text(errors="replace")
         told = f"for {archs}, MAX_JOBS={environment['MAX_JOBS']}"
         if status != 0:
-            errors = [line for line in text.splitlines() if re.search(r"\berror\b|Error:|FAILED", line)]
+            errors = [line for line in text.splitlines() if re.search(r"\berror\b|Error:|FAILED|^fastnn: ", line)]
             print("\n".join(errors[:20] or text.splitlines()[-20:]))
             return False, f"{told}: {'out of time' if status is None else f'status {status}'}, see build.log"
         return self.extension(told)

@@ -226,6 +226,21 @@ def test_a_peer_that_raises_is_left_out(measure):
     assert "none of torch's ways runs" in measure.row(case)["failed"]
 
 
+def test_another_way_to_call_a_peer_is_tried_where_it_is_needed(measure):
+    case = small("linear")
+    inner = case.build
+
+    def build(device):
+        arms = inner(device)
+        eager = arms.peers["eager"]
+        arms.peers = {"a": eager, "a, repeated": eager, "b": lambda *tensors: 1 / 0, "b, repeated": eager}
+        return arms
+
+    case.build = build
+    row = measure.row(case)
+    assert set(row["peers"]) == {"a", "b, repeated"} and set(row["refused"]) == {"b"}
+
+
 def test_the_time_that_is_up(measure, capsys):
     assert cuda.main(["--only", "odd.small float64", "--budget", "0", "--no-kernels"], measure) == 0
     assert "the time is up: 1 of 1 cases were not run" in capsys.readouterr().out

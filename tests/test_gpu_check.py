@@ -67,7 +67,23 @@ def test_a_stage_that_fails_does_not_stop_the_next(monkeypatch, tmp_path, capsys
     assert gpu_check.main(["--out", str(tmp_path / "out"), "--stage", "bench"]) == 0
 
 
-def test_without_nvcc_the_build_says_so(check):
+def test_the_toolkit_is_where_its_headers_are(tmp_path):
+    script, whole, linked = (tmp_path / name for name in ("script", "whole", "linked"))
+    for home in (script, whole, linked):
+        (home / "bin").mkdir(parents=True)
+    (whole / "include").mkdir()
+    (whole / "include/cuda_runtime.h").touch()
+    (whole / "bin/nvcc").touch()
+    (script / "bin/nvcc").touch()
+    (linked / "bin/nvcc").symlink_to(whole / "bin/nvcc")
+    none = str(tmp_path / "none")
+    assert gpu_check.toolkit(str(whole), none) == gpu_check.toolkit(str(linked), none) == str(whole)
+    assert gpu_check.toolkit(str(script), str(whole)) == gpu_check.toolkit(None, str(whole)) == str(whole)
+    assert gpu_check.toolkit(str(script), none) == str(script) and gpu_check.toolkit(none, none) is None
+
+
+def test_without_nvcc_the_build_says_so(check, monkeypatch):
+    monkeypatch.setattr(gpu_check, "toolkit", lambda home: None)
     assert check.build() == (False, "nvcc was not found; CUDA_HOME says where CUDA's toolkit is")
 
 

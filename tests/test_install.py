@@ -73,6 +73,15 @@ def test_without_torch_setup_says_one_line(monkeypatch):
     assert "pip install --no-build-isolation ." in str(stop.value) and "\n" not in str(stop.value)
 
 
+def test_an_old_setuptools_is_told_in_one_line(monkeypatch):
+    import setuptools
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"^fastnn: building needs setuptools >= 77, and this is 65.5.0. Run: pip"):
+        runpy.run_path("setup.py")
+
+
 def test_versions_agree():
     import fastnn
 
