@@ -8,6 +8,7 @@
 #include "cuda/linear_launch.h"
 #include "cuda/linear_simt.cuh"
 #include "cuda/linear_sm80.cuh"
+#include "cuda/linear_tf32.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -18,6 +19,7 @@ struct Gemm {
   int64_t M, N, K;
   StridedMatrix a, b;
   LinearEpilogue epilogue;
+  bool allow_tf32;
 };
 
 bool along_k(const StridedMatrix& x) { return x.col == 1 || x.cols <= 1; }
@@ -30,7 +32,8 @@ LinearPlan plan_of(const Gemm& g) {
                                  g.K,
                                  along_k(g.a) || along_rows(g.a),
                                  along_k(g.b) || along_rows(g.b),
-                                 along_k(g.a) && along_k(g.b)};
+                                 along_k(g.a) && along_k(g.b),
+                                 g.allow_tf32};
   const Device device = current_device();
   return linear_plan(problem, device.capability, device.multiprocessors);
 }
@@ -48,12 +51,14 @@ Status with_storage(DType dtype, const F& f) {
 
 // ---- one kernel each ------------------------------------------------------------------------------------------------
 
-RowMatrix row_matrix(const StridedMatrix& x) {
+// Of elements of `size` bytes, 2 or 4.
+RowMatrix row_matrix(const StridedMatrix& x, int size) {
   RowMatrix matrix;
   matrix.data = static_cast<const uint16_t*>(x.data);
   const bool k = along_k(x);
   matrix.ld = k ? x.row : x.col, matrix.rows = k ? x.rows : x.cols, matrix.cols = k ? x.cols : x.rows;
   if (matrix.rows <= 1) matrix.ld = 0;  // it has no meaning, and rows past the end take it for an address, too
+  matrix.ld *= size / 2, matrix.cols *= size / 2;
   matrix.width = copy_width(reinterpret_cast<uintptr_t>(x.data), matrix.ld);
   return matrix;
 }
@@ -66,12 +71,28 @@ dim3 grid_of(const Gemm& g, const LinearPlan& plan) {
 template <class T, int TILE>
 Status launch_mma(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
   constexpr LinearTile t = kMmaTiles[TILE];
-  const LinearMma params = {row_matrix(g.a),    row_matrix(g.b),    g.K,       plan.k_per_split,
+  const LinearMma params = {row_matrix(g.a, 2), row_matrix(g.b, 2), g.K,       plan.k_per_split,
                             ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
   const auto go = [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
     return launch(label, linear_mma_kernel<T, TILE, A, B>, grid_of(g, plan), t.threads,
                   LinearMmaKernel<T, TILE, A, B>::kSharedBytes, stream, params);
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  if (along_k(g.a)) return along_k(g.b) ? go(yes, yes) : go(yes, no);
+  return along_k(g.b) ? go(no, yes) : go(no, no);
+}
+
+template <int TILE, bool THREE>
+Status launch_tf32(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
+  constexpr LinearTile t = kTf32Tiles[TILE];
+  const LinearMma params = {row_matrix(g.a, 4), row_matrix(g.b, 4), g.K,       plan.k_per_split,
+                            ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
+  const auto go = [&](auto a, auto b) {
+    constexpr bool A = decltype(a)::value, B = decltype(b)::value;
+    return launch(label, linear_tf32_kernel<TILE, A, B, THREE>, grid_of(g, plan), t.threads,
+                  LinearTf32Kernel<TILE, A, B, THREE>::kSharedBytes, stream, params);
   };
   const std::true_type yes;
   const std::false_type no;
@@ -107,13 +128,24 @@ template <class T>
 Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
   const Label label = {plan.kernel == LinearKernel::Mma    ? "linear_mma_kernel"
                        : plan.kernel == LinearKernel::Simt ? "linear_simt_kernel"
-                                                           : "linear_gemv_kernel",
+                       : plan.kernel == LinearKernel::Gemv ? "linear_gemv_kernel"
+                                                           : "linear_tf32_kernel",
                        {{"M", g.M}, {"N", g.N}, {"K", g.K}, {"bytes", sizeof(T)}, {"tile", plan.tile}}};
   switch (plan.kernel) {
     case LinearKernel::Gemv: return launch_gemv<T>(label, g, plan, stream);
     case LinearKernel::Mma:
       if constexpr (sizeof(T) == 2)
         return plan.tile == 0 ? launch_mma<T, 0>(label, g, plan, stream) : launch_mma<T, 1>(label, g, plan, stream);
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
+    case LinearKernel::Tf32:
+      if constexpr (std::is_same_v<T, float>)
+        return plan.tile == 0 ? launch_tf32<0, false>(label, g, plan, stream)
+                              : launch_tf32<1, false>(label, g, plan, stream);
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
+    case LinearKernel::Tf32x3:
+      if constexpr (std::is_same_v<T, float>)
+        return plan.tile == 0 ? launch_tf32<0, true>(label, g, plan, stream)
+                              : launch_tf32<1, true>(label, g, plan, stream);
       return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
     case LinearKernel::Simt:
       if constexpr (std::is_same_v<T, float>)
@@ -150,7 +182,8 @@ Gemm forward_gemm(const LinearForward& p) {
           p.K,
           {p.input, p.input_row, p.input_col, p.M, p.K},
           {p.weight, p.weight_row, p.weight_col, p.N, p.K},
-          {p.output, p.preactivation, p.bias, nullptr, p.M, p.N, p.activation, false}};
+          {p.output, p.preactivation, p.bias, nullptr, p.M, p.N, p.activation, false},
+          p.allow_tf32};
 }
 
 }  // namespace
@@ -194,7 +227,8 @@ BackwardPlan backward_plan(const LinearBackward& p, void* grad) {
   const void* const g = b.derived ? grad : p.grad_output;
   const int64_t row = b.derived ? p.N : p.grad_row, col = b.derived ? 1 : p.grad_col;
   const auto product = [&](int64_t M, int64_t N, int64_t K, StridedMatrix a, StridedMatrix other, void* output) {
-    return Gemm{p.dtype, M, N, K, a, other, {output, nullptr, nullptr, nullptr, M, N, Activation::None, false}};
+    const LinearEpilogue epilogue = {output, nullptr, nullptr, nullptr, M, N, Activation::None, false};
+    return Gemm{p.dtype, M, N, K, a, other, epilogue, p.allow_tf32};
   };
   const auto plan = [&](const Gemm& gemm, LinearPlan& chosen) {
     if (!gemm.epilogue.output) return;

@@ -10,25 +10,34 @@ namespace fastnn::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else.
-enum class LinearKernel : int32_t { Gemv, Mma, Simt };
+// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else. Tf32, Tf32x3:
+// float32 on tensor cores, in one product or in three.
+enum class LinearKernel : int32_t { Gemv, Mma, Simt, Tf32, Tf32x3 };
 
 struct LinearTile {
   int m, n, k, threads;
 };
 inline constexpr LinearTile kMmaTiles[] = {{128, 128, 32, 256}, {64, 64, 32, 128}};
+inline constexpr LinearTile kTf32Tiles[] = {{128, 128, 32, 256}, {64, 64, 32, 128}};
 inline constexpr LinearTile kSimtTiles[] = {{128, 128, 8, 256}, {64, 64, 8, 256}};
 inline constexpr LinearTile kGemvTile = {8, 16, 128, 128};
 
 struct LinearPlan {
   LinearKernel kernel;
-  int tile;             // index into kMmaTiles or kSimtTiles
+  int tile;             // index into the kernel's tiles
   int splits;           // partial sums, added up in their order by a second kernel
   int64_t k_per_split;  // a multiple of the tile's k
 };
 
 constexpr LinearTile linear_tile(LinearKernel kernel, int tile) {
-  return kernel == LinearKernel::Mma ? kMmaTiles[tile] : kernel == LinearKernel::Simt ? kSimtTiles[tile] : kGemvTile;
+  switch (kernel) {
+    case LinearKernel::Mma: return kMmaTiles[tile];
+    case LinearKernel::Simt: return kSimtTiles[tile];
+    case LinearKernel::Tf32:
+    case LinearKernel::Tf32x3: return kTf32Tiles[tile];
+    case LinearKernel::Gemv: break;
+  }
+  return kGemvTile;
 }
 
 // Splits of equal size, none of them empty: `wanted` or a few less.
@@ -47,6 +56,7 @@ struct LinearProblem {
   int64_t M, N, K;
   bool a_unit, b_unit;  // rows or columns of the operand lie dense in memory
   bool along_k;         // and in both it is the direction of K
+  bool allow_tf32 = false;
 };
 
 // Multiprocessor cycles that a plan is thought to take. A step of the main loop is bound by its multiply-adds or by the
@@ -55,8 +65,13 @@ struct LinearProblem {
 // launch. None of the constants was fitted: they are ratios of data sheets.
 constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int multiprocessors) {
   const LinearTile t = linear_tile(plan.kernel, plan.tile);
-  const bool mma = plan.kernel == LinearKernel::Mma, wide = p.dtype == DType::Float64;
-  const double rate = (mma ? 1024 : wide ? 32 : 128) * (plan.tile == 0 ? 0.8 : 0.5);  // multiply-adds a cycle
+  const bool wide = p.dtype == DType::Float64;
+  const double peak = plan.kernel == LinearKernel::Mma      ? 1024
+                      : plan.kernel == LinearKernel::Tf32   ? 512
+                      : plan.kernel == LinearKernel::Tf32x3 ? 512 / 3.0
+                      : wide                                ? 32
+                                                            : 128;
+  const double rate = peak * (plan.tile == 0 ? 0.8 : 0.5);  // multiply-adds a cycle
   const double size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2;
   const double products = static_cast<double>(t.m) * t.n * t.k / rate, bytes = (t.m + t.n) * t.k * size / 48;
   const double steps = static_cast<double>(plan.k_per_split / t.k);
@@ -65,6 +80,14 @@ constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int
   const double sums =
       plan.splits > 1 ? 4000 + 2.0 * plan.splits * p.M * p.N * (wide ? 8 : 4) / (24.0 * multiprocessors) : 0;
   return waves * (steps * (products > bytes ? products : bytes) + 2000) + sums;
+}
+
+// float32 on tensor cores: in three products where TF32 is more than six times as fast as FMAs (8.0: 8 times, 9.0: 7,
+// 10.x: 14, by data sheets), in one, if that is allowed, wherever there is TF32 (twice as fast elsewhere, or as fast).
+constexpr LinearKernel float_kernel(const LinearProblem& p, int capability) {
+  const bool fast = capability == 80 || capability == 90 || capability / 10 == 10;
+  if (p.dtype != DType::Float32 || !p.a_unit || !p.b_unit || capability < 80) return LinearKernel::Simt;
+  return p.allow_tf32 ? LinearKernel::Tf32 : fast ? LinearKernel::Tf32x3 : LinearKernel::Simt;
 }
 
 inline constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
@@ -82,7 +105,7 @@ constexpr LinearPlan linear_plan(const LinearProblem& p, int capability, int mul
     const LinearPlan plan = linear_split(LinearKernel::Gemv, 0, p.K, static_cast<int>(wanted < most ? wanted : most));
     return fits(plan.splits) ? plan : linear_split(LinearKernel::Gemv, 0, p.K, 1);
   }
-  const LinearKernel kernel = mma ? LinearKernel::Mma : LinearKernel::Simt;
+  const LinearKernel kernel = mma ? LinearKernel::Mma : float_kernel(p, capability);
   LinearPlan best = linear_split(kernel, 1, p.K, 1);
   double least = linear_cost(p, best, multiprocessors);
   for (int tile = p.dtype == DType::Float32 || mma ? 0 : 1; tile < 2; ++tile) {

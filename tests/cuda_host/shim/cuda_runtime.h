@@ -77,6 +77,7 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_m8n8k4_f64(double (&c)[2], double a, double b);
 
+[[noreturn]] void trap();
 float exp2_approximate(float x);
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
