@@ -96,6 +96,7 @@ struct LinearTf32Kernel {
   using B = WordTile<tile.n, B_ALONG_K, tile.threads>;
   static constexpr int kStageBytes = A::kBytes + B::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kUnroll = kArch <= 900 ? 2 : 1;  // steps of eight that overlap, as far as registers last
   static_assert(kWarpM * tile.n * 4 <= kSharedBytes, "the epilogue stages one row of warps at a time");
   static_assert(tile.k == 32 && kFragmentsN % 2 == 0);
   using Sums = float[kFragmentsM][kFragmentsN][4];
@@ -105,7 +106,7 @@ struct LinearTf32Kernel {
   };
 
   static FASTNN_DEVICE void multiply(Sums& sums, const unsigned char* stage, Warp warp) {
-#pragma unroll 2  // two steps of eight overlap; more take too many registers
+#pragma unroll kUnroll
     for (int k = 0; k < tile.k; k += 8) {
       uint32_t a[kFragmentsM][4], a_low[kFragmentsM][4];
 #pragma unroll
@@ -184,7 +185,7 @@ struct LinearTf32Kernel {
 #pragma unroll
           for (int j = 0; j < kFragmentsN; ++j)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) sums[i][j][2 * half + e] += a * b[j][e];
+            for (int e = 0; e < 2; ++e) sums[i][j][2 * half + e] = ::fmaf(a, b[j][e], sums[i][j][2 * half + e]);
         }
     }
   }

@@ -41,6 +41,26 @@ void check_swizzle() {
   }
 }
 
+// Tiles of floats with K slow: lane (g, t) of a fragment reads element side + g of row k + t, a bank each.
+template <int CHUNKS>
+void check_words() {
+  std::set<int> places;
+  for (int row = 0; row < 32; ++row)
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const int place = swizzled_words<CHUNKS>(row, chunk);
+      expect(place / CHUNKS == row && places.insert(place).second, "a swizzle of words keeps rows and is one to one");
+    }
+  for (int k = 0; k < 32; k += 4)
+    for (int side = 0; side < 4 * CHUNKS; side += 8) {
+      std::set<int> banks;
+      for (int lane = 0; lane < 32; ++lane) {
+        const int s = side + lane / 4;
+        banks.insert((4 * swizzled_words<CHUNKS>(k + lane % 4, s / 4) + s % 4) % 32);
+      }
+      expect(banks.size() == 32, "fragments of words without bank conflicts");
+    }
+}
+
 template <int COLS>
 void check_staged() {
   std::set<int> places;
@@ -76,7 +96,7 @@ void check_widths() {
 }
 
 void check_plans() {
-  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt})
+  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt, LinearKernel::Tf32})
     for (int tile = 0; tile < 2; ++tile)
       for (int64_t K = 0; K < 1500; ++K)
         for (int wanted = 1; wanted < 9; ++wanted) {
@@ -87,18 +107,22 @@ void check_plans() {
           expect(K == 0 || (plan.splits - 1) * plan.k_per_split < K, "no split is empty");
         }
   for (const DType dtype : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16})
-    for (const int capability : {75, 80, 86, 90})
+    for (const int capability : {75, 80, 86, 90, 103, 120})
       for (const int multiprocessors : {1, 20, 132})
         for (int64_t M = 1; M < 20000; M += 1 + M / 3)
           for (int64_t N = 1; N < 20000; N += 1 + N / 2)
             for (int64_t K = 1; K < 40000; K += 1 + K)
-              for (int layout = 0; layout < 3; ++layout) {
+              for (int layout = 0; layout < 6; ++layout) {
+                const bool dense = layout / 2 < 2, along_k = layout / 2 == 0, tf32 = layout % 2;
                 const LinearPlan plan =
-                    linear_plan({dtype, M, N, K, layout < 2, layout < 2, layout == 0}, capability, multiprocessors);
+                    linear_plan({dtype, M, N, K, dense, dense, along_k, tf32}, capability, multiprocessors);
+                const bool one = plan.kernel == LinearKernel::Tf32, three = plan.kernel == LinearKernel::Tf32x3;
                 const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
-                expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && layout == 0),
-                       "gemv: a few rows along K");
-                expect(plan.kernel != LinearKernel::Mma || (half && layout < 2), "tensor cores: 16 bits, dense");
+                expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && along_k), "gemv: a few rows along K");
+                expect(plan.kernel != LinearKernel::Mma || (half && dense), "tensor cores: 16 bits, dense");
+                expect(!(one || three) || (dtype == DType::Float32 && dense && capability >= 80 && one == tf32),
+                       "TF32 in one product where it is allowed alone");
+                expect(!three || capability == 80 || capability == 90 || capability == 103, "three where that pays");
                 expect(plan.kernel == LinearKernel::Simt || capability >= 80 || dtype != DType::BFloat16,
                        "no bfloat16 on tensor cores before sm_80");
                 expect(plan.kernel != LinearKernel::Simt || plan.tile == 1 || dtype == DType::Float32,
@@ -113,6 +137,13 @@ void check_plans() {
   static_assert(linear_plan(narrow, 80, 108).splits > 4);
   constexpr LinearProblem few = {DType::BFloat16, 4, 4096, 4096, true, true, true};
   static_assert(linear_plan(few, 80, 108).kernel == LinearKernel::Gemv);
+  // float32: FMAs, three products where TF32 is fast, one where it is allowed.
+  LinearProblem floats = {DType::Float32, 512, 512, 512, true, true, true};
+  expect(linear_plan(floats, 86, 84).kernel == LinearKernel::Simt, "FMAs where TF32 is no faster");
+  expect(linear_plan(floats, 90, 132).kernel == LinearKernel::Tf32x3, "three products on 9.0");
+  floats.allow_tf32 = true;
+  expect(linear_plan(floats, 86, 84).kernel == LinearKernel::Tf32, "one product where it is allowed");
+  expect(linear_plan(floats, 75, 40).kernel == LinearKernel::Simt, "no TF32 before 8.0");
 }
 
 }  // namespace
@@ -120,6 +151,7 @@ void check_plans() {
 int main() {
   check_swizzle<2>(), check_swizzle<4>(), check_swizzle<8>(), check_swizzle<16>();
   check_staged<64>(), check_staged<128>();
+  check_words<16>(), check_words<32>();
   check_places();
   check_widths();
   check_plans();
