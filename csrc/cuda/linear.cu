@@ -9,6 +9,7 @@
 #include "cuda/linear_simt.cuh"
 #include "cuda/linear_sm80.cuh"
 #include "cuda/linear_tf32.cuh"
+#include "cuda/linear_thin.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -33,7 +34,8 @@ LinearPlan plan_of(const Gemm& g) {
                                  along_k(g.a) || along_rows(g.a),
                                  along_k(g.b) || along_rows(g.b),
                                  along_k(g.a) && along_k(g.b),
-                                 g.allow_tf32};
+                                 g.allow_tf32,
+                                 along_k(g.a)};
   const Device device = current_device();
   return linear_plan(problem, device.capability, device.multiprocessors);
 }
@@ -101,6 +103,20 @@ Status launch_tf32(const Label& label, const Gemm& g, const LinearPlan& plan, St
 }
 
 template <class T, int TILE>
+Status launch_thin(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
+  constexpr LinearTile t = kThinTiles[TILE];
+  const LinearMma params = {row_matrix(g.a, 2), row_matrix(g.b, 2), g.K,       plan.k_per_split,
+                            ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
+  const auto go = [&](auto b) {
+    constexpr bool B = decltype(b)::value;
+    return launch(label, linear_thin_kernel<T, TILE, B>, grid_of(g, plan), t.threads,
+                  LinearThinKernel<T, TILE, B>::kSharedBytes, stream, params);
+  };
+  if (!along_k(g.a)) return failed(label, cudaErrorInvalidValue, "rows that are not dense");
+  return along_k(g.b) ? go(std::true_type()) : go(std::false_type());
+}
+
+template <class T, int TILE>
 Status launch_simt(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
   constexpr LinearTile t = kSimtTiles[TILE];
   const LinearSimt params = {g.a, g.b, plan.k_per_split, ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
@@ -129,6 +145,7 @@ Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
   const Label label = {plan.kernel == LinearKernel::Mma    ? "linear_mma_kernel"
                        : plan.kernel == LinearKernel::Simt ? "linear_simt_kernel"
                        : plan.kernel == LinearKernel::Gemv ? "linear_gemv_kernel"
+                       : plan.kernel == LinearKernel::Thin ? "linear_thin_kernel"
                                                            : "linear_tf32_kernel",
                        {{"M", g.M}, {"N", g.N}, {"K", g.K}, {"bytes", sizeof(T)}, {"tile", plan.tile}}};
   switch (plan.kernel) {
@@ -136,6 +153,12 @@ Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
     case LinearKernel::Mma:
       if constexpr (sizeof(T) == 2)
         return plan.tile == 0 ? launch_mma<T, 0>(label, g, plan, stream) : launch_mma<T, 1>(label, g, plan, stream);
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
+    case LinearKernel::Thin:
+      if constexpr (sizeof(T) == 2)
+        return plan.tile == 0   ? launch_thin<T, 0>(label, g, plan, stream)
+               : plan.tile == 1 ? launch_thin<T, 1>(label, g, plan, stream)
+                                : launch_thin<T, 2>(label, g, plan, stream);
       return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
     case LinearKernel::Tf32:
       if constexpr (std::is_same_v<T, float>)

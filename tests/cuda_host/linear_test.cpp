@@ -95,8 +95,9 @@ void check_kernel(LinearKernel kernel, int tile) {
   const std::vector<Layout> layouts = gemv                           ? std::vector<Layout>{Rows}
                                       : kernel == LinearKernel::Simt ? std::vector<Layout>{Rows, Columns, Scattered}
                                                                      : std::vector<Layout>{Rows, Columns};
+  const bool thin = kernel == LinearKernel::Thin;
   const int64_t most_m = gemv ? t.m : t.m + 1;
-  for (const Layout a : layouts)
+  for (const Layout a : thin ? std::vector<Layout>{Rows} : layouts)
     for (const Layout b : layouts) {
       // Whole tiles and the sizes around them, each with each alignment of rows.
       for (const int gap : {0, 1, 2, 4, 8})
@@ -234,6 +235,7 @@ void check_dispatch(bool allow_tf32 = false) {
       for (const auto& [M, N, K] : {std::array<int64_t, 3>{1, 40, 2000},
                                     {8, 65, 1100},
                                     {9, 129, 300},
+                                    {24, 90, 1500},
                                     {70, 70, 70},
                                     {0, 5, 5},
                                     {5, 0, 5},
@@ -298,6 +300,9 @@ void check_errors() {
   const Status wrong = linear_forward_planned(p, linear_split(LinearKernel::Mma, 0, p.K, 1), {}, nullptr);
   if (wrong.ok()) ++failures, std::printf("FAILED: 16-bit tensor cores in float32\n");
   p.dtype = DType::Float16;
+  p.input_row = p.input_col = 2;
+  if (linear_forward_planned(p, linear_split(LinearKernel::Thin, 0, p.K, 1), {}, nullptr).ok())
+    ++failures, std::printf("FAILED: rows that are not dense in a thin product\n");
   if (linear_forward_planned(p, linear_split(LinearKernel::Tf32x3, 0, p.K, 1), {}, nullptr).ok())
     ++failures, std::printf("FAILED: TF32 in float16\n");
   cases += 3;
@@ -319,6 +324,10 @@ int main(int argc, char** argv) {
   part("mma", [] {
     for (const int tile : {0, 1})
       check_kernel<Float16>(LinearKernel::Mma, tile), check_kernel<BFloat16>(LinearKernel::Mma, tile);
+  });
+  part("thin", [] {
+    for (const int tile : {0, 1, 2})
+      check_kernel<Float16>(LinearKernel::Thin, tile), check_kernel<BFloat16>(LinearKernel::Thin, tile);
   });
   part("tf32", [] {
     for (const int tile : {0, 1})
@@ -344,6 +353,7 @@ int main(int argc, char** argv) {
     check_dispatch<Float16>();
     check_errors();
     check_far_rows<Float16>(LinearKernel::Mma), check_far_rows<Float16>(LinearKernel::Gemv);
+    check_far_rows<Float16>(LinearKernel::Thin);
     check_far_rows<float>(LinearKernel::Tf32x3), check_far_rows<float>(LinearKernel::Simt),
         check_far_rows<float>(LinearKernel::Gemv);
   });

@@ -96,8 +96,9 @@ void check_widths() {
 }
 
 void check_plans() {
-  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt, LinearKernel::Tf32})
-    for (int tile = 0; tile < 2; ++tile)
+  for (const LinearKernel kernel :
+       {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt, LinearKernel::Tf32, LinearKernel::Thin})
+    for (int tile = 0; tile < (kernel == LinearKernel::Thin ? 3 : 2); ++tile)
       for (int64_t K = 0; K < 1500; ++K)
         for (int wanted = 1; wanted < 9; ++wanted) {
           const LinearPlan plan = linear_split(kernel, tile, K, wanted);
@@ -114,12 +115,15 @@ void check_plans() {
             for (int64_t K = 1; K < 40000; K += 1 + K)
               for (int layout = 0; layout < 6; ++layout) {
                 const bool dense = layout / 2 < 2, along_k = layout / 2 == 0, tf32 = layout % 2;
-                const LinearPlan plan =
-                    linear_plan({dtype, M, N, K, dense, dense, along_k, tf32}, capability, multiprocessors);
+                const LinearPlan plan = linear_plan({dtype, M, N, K, dense, dense, along_k, tf32, along_k || tf32},
+                                                    capability, multiprocessors);
                 const bool one = plan.kernel == LinearKernel::Tf32, three = plan.kernel == LinearKernel::Tf32x3;
                 const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
                 expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && along_k), "gemv: a few rows along K");
                 expect(plan.kernel != LinearKernel::Mma || (half && dense), "tensor cores: 16 bits, dense");
+                expect(plan.kernel != LinearKernel::Thin || (half && dense && (along_k || tf32) && capability >= 80 &&
+                                                             M <= linear_tile(plan.kernel, plan.tile).m),
+                       "thin: up to 64 rows of 16 bits along K");
                 expect(!(one || three) || (dtype == DType::Float32 && dense && capability >= 80 && one == tf32),
                        "TF32 in one product where it is allowed alone");
                 expect(!three || capability == 80 || capability == 90 || capability == 103, "three where that pays");
@@ -137,6 +141,11 @@ void check_plans() {
   static_assert(linear_plan(narrow, 80, 108).splits > 4);
   constexpr LinearProblem few = {DType::BFloat16, 4, 4096, 4096, true, true, true};
   static_assert(linear_plan(few, 80, 108).kernel == LinearKernel::Gemv);
+  // A few rows: a block for each multiprocessor with no splits where there are features enough.
+  for (const int64_t M : {9, 16, 24, 32, 64}) {
+    const LinearPlan plan = linear_plan({DType::BFloat16, M, 4096, 4096, true, true, true, false, true}, 90, 132);
+    expect(plan.kernel == LinearKernel::Thin && (M > 32 || plan.splits == 1), "a few rows are thin");
+  }
   // float32: FMAs, three products where TF32 is fast, one where it is allowed.
   LinearProblem floats = {DType::Float32, 512, 512, 512, true, true, true};
   expect(linear_plan(floats, 86, 84).kernel == LinearKernel::Simt, "FMAs where TF32 is no faster");
@@ -150,7 +159,7 @@ void check_plans() {
 
 int main() {
   check_swizzle<2>(), check_swizzle<4>(), check_swizzle<8>(), check_swizzle<16>();
-  check_staged<64>(), check_staged<128>();
+  check_staged<32>(), check_staged<64>(), check_staged<128>();
   check_words<16>(), check_words<32>();
   check_places();
   check_widths();
