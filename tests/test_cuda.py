@@ -67,6 +67,80 @@ def test_exact_on_small_integers(dtype):
         assert torch.equal(linear(x.to("cuda", dtype), w.to("cuda", dtype)).cpu(), exact)
 
 
+@pytest.fixture
+def matmul_precision():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("matmul_precision")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_float32_precision(layout):
+    """Full precision, errors no larger than torch's on FMAs; one rounding to TF32 where torch's settings allow it."""
+    for rows, width, features in [(9, 40, 70), (300, 2048, 200), (256, 8192, 512), (129, 333, 131)]:
+        x, w, b = (t.detach() for t in operands(rows, width, features, torch.float32, layout))
+        exact, size = F.linear(x.double(), w.double(), b.double()), F.linear(x.double().abs(), w.double().abs())
+        torch.backends.cuda.matmul.allow_tf32 = False
+        own, plain = linear(x, w, b), F.linear(x, w, b)
+        error = ((own - exact) / size).square().mean().sqrt()
+        assert error <= 2 * ((plain - exact) / size).square().mean().sqrt() + 2**-25
+        assert ((own - exact).abs() <= 2**-20 * size + 2**-23 * exact.abs()).all()
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert ((linear(x, w, b) - exact).abs() <= 2**-10 * size + 2**-22 * exact.abs()).all()
+
+
+@pytest.mark.usefixtures("matmul_precision")
+def test_tf32_is_used_where_it_is_allowed():
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("TF32 needs compute capability 8.0")
+    x, w, _ = (t.detach() for t in operands(256, 1024, 256, torch.float32))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    full = linear(x, w)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert not torch.equal(linear(x, w), full)
+
+
+@pytest.mark.usefixtures("matmul_precision")
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_infinities_and_nan(allow_tf32):
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    for value, other in itertools.product(
+        [float("inf"), float("-inf"), float("nan"), 3.4e38, 1e-38, 0.0], [float("inf"), float("nan"), 1.0, 0.0, 1e-39]
+    ):
+        x, w, _ = (t.detach() for t in operands(200, 96, 150, torch.float32))
+        x[5, 33], w[140, 33] = value, other
+        y, exact = linear(x, w).double(), F.linear(x.double(), w.double())
+        overflows = exact.isfinite() & (F.linear(x.double().abs(), w.double().abs()) > 3e38)
+        assert torch.equal(y.isnan() & ~overflows, exact.isnan())
+        assert torch.equal(y[exact.isinf()], exact[exact.isinf()])
+        fine = exact.isfinite() & ~overflows
+        size = F.linear(x.double().abs(), w.double().abs())
+        assert ((y - exact).abs()[fine] <= (2**-10 if allow_tf32 else 2**-20) * size[fine] + 1e-37).all()
+
+
+@pytest.mark.usefixtures("matmul_precision")
+@pytest.mark.parametrize("sizes", [(1e-38, 1e37), (1e37, 1e-39), (1e-20, 1e-20), (1e-30, 1e-6), (1e18, 1e18)])
+def test_magnitudes(sizes):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    x, w, _ = (t.detach() for t in operands(64, 96, 150, torch.float32))
+    x, w = x * sizes[0], w * sizes[1]
+    exact, size = F.linear(x.double(), w.double()), F.linear(x.double().abs(), w.double().abs())
+    assert ((linear(x, w) - exact).abs() <= 2**-20 * size + 96 * 2**-149).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_few_rows(dtype):
+    """Every number of rows up to 70, with the weight as it is and transposed."""
+    for rows, transposed in itertools.product([*range(9, 36), 48, 63, 64, 65, 70], [False, True]):
+        x = testing.integers((rows, 1032), torch.float32, -2, 2)
+        w = testing.integers((1000, 1032), torch.float32, -2, 2)
+        exact = (x.double() @ w.double().t()).to(dtype)
+        weight = w.to("cuda", dtype)
+        weight = weight.t().contiguous().t() if transposed else weight
+        assert torch.equal(linear(x.to("cuda", dtype), weight).cpu(), exact)
+
+
 def test_the_same_from_run_to_run():
     x, w, b = operands(3, 8192, 64, torch.bfloat16)
     runs = [torch.autograd.grad(linear(x, w, b).sum(), (x, w, b)) for _ in range(3)]

@@ -1,6 +1,7 @@
 // fastnn::linear and its backward: check, allocate, fill the params, call the kernels.
 #include "fastnn/linear.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -70,6 +71,12 @@ void check_packed(const Tensor& packed, const Tensor& weight, int64_t N, int64_t
               " elements); got ", packed.numel(), ".");
 }
 
+// torch.backends.cuda.matmul.fp32_precision, or allow_tf32 or set_float32_matmul_precision, which set it too.
+bool allow_tf32(const Tensor& input) {
+  return on_cuda(input) && at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                               at::Float32Precision::TF32;
+}
+
 // The kernels of the device that the tensors are on.
 void run(const Tensor& input, const LinearForward& p) {
   if constexpr (kCuda)
@@ -111,6 +118,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   if (preactivation) *preactivation = at::empty(q.output_shape, input.options());
   p.preactivation = preactivation ? preactivation->mutable_data_ptr() : nullptr;
   p.threads = num_threads();
+  p.allow_tf32 = allow_tf32(input);
   if (output.numel() > 0) run(input, p);
   return output;
 }
@@ -162,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_kernel(const Tensor& grad_out
   p.grad_weight = output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr;
   p.grad_bias = output_mask[2] ? grad_bias.mutable_data_ptr() : nullptr;
   p.threads = num_threads();
+  p.allow_tf32 = allow_tf32(input);
   run(input, p);
   if (grad_bias.defined() && bias && bias->sizes() != grad_bias.sizes()) {  // a bias of one element was broadcast
     grad_bias = bias->numel() == q.N ? grad_bias.reshape(bias->sizes()) : grad_bias.sum().reshape(bias->sizes());

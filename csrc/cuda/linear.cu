@@ -9,6 +9,8 @@
 #include "cuda/linear_simt.cuh"
 #include "cuda/linear_sm80.cuh"
 #include "cuda/linear_sm90.h"
+#include "cuda/linear_tf32.cuh"
+#include "cuda/linear_thin.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -19,6 +21,7 @@ struct Gemm {
   int64_t M, N, K;
   StridedMatrix a, b;
   LinearEpilogue epilogue;
+  bool allow_tf32;
 };
 
 bool along_k(const StridedMatrix& x) { return x.col == 1 || x.cols <= 1; }
@@ -32,6 +35,8 @@ LinearPlan plan_of(const Gemm& g) {
                                  along_k(g.a) || along_rows(g.a),
                                  along_k(g.b) || along_rows(g.b),
                                  along_k(g.a) && along_k(g.b),
+                                 g.allow_tf32,
+                                 along_k(g.a),
                                  linear_tma_takes(g.a) && linear_tma_takes(g.b)};
   const Device device = current_device();
   return linear_plan(problem, device.capability, device.multiprocessors);
@@ -50,12 +55,14 @@ Status with_storage(DType dtype, const F& f) {
 
 // ---- one kernel each ------------------------------------------------------------------------------------------------
 
-RowMatrix row_matrix(const StridedMatrix& x) {
+// Of elements of `size` bytes, 2 or 4.
+RowMatrix row_matrix(const StridedMatrix& x, int size) {
   RowMatrix matrix;
   matrix.data = static_cast<const uint16_t*>(x.data);
   const bool k = along_k(x);
   matrix.ld = k ? x.row : x.col, matrix.rows = k ? x.rows : x.cols, matrix.cols = k ? x.cols : x.rows;
   if (matrix.rows <= 1) matrix.ld = 0;  // it has no meaning, and rows past the end take it for an address, too
+  matrix.ld *= size / 2, matrix.cols *= size / 2;
   matrix.width = copy_width(reinterpret_cast<uintptr_t>(x.data), matrix.ld);
   return matrix;
 }
@@ -68,7 +75,7 @@ dim3 grid_of(const Gemm& g, const LinearPlan& plan) {
 template <class T, int TILE>
 Status launch_mma(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
   constexpr LinearTile t = kMmaTiles[TILE];
-  const LinearMma params = {row_matrix(g.a),    row_matrix(g.b),    g.K,       plan.k_per_split,
+  const LinearMma params = {row_matrix(g.a, 2), row_matrix(g.b, 2), g.K,       plan.k_per_split,
                             ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
   const auto go = [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
@@ -79,6 +86,36 @@ Status launch_mma(const Label& label, const Gemm& g, const LinearPlan& plan, Str
   const std::false_type no;
   if (along_k(g.a)) return along_k(g.b) ? go(yes, yes) : go(yes, no);
   return along_k(g.b) ? go(no, yes) : go(no, no);
+}
+
+template <int TILE, bool THREE>
+Status launch_tf32(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
+  constexpr LinearTile t = kTf32Tiles[TILE];
+  const LinearMma params = {row_matrix(g.a, 4), row_matrix(g.b, 4), g.K,       plan.k_per_split,
+                            ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
+  const auto go = [&](auto a, auto b) {
+    constexpr bool A = decltype(a)::value, B = decltype(b)::value;
+    return launch(label, linear_tf32_kernel<TILE, A, B, THREE>, grid_of(g, plan), t.threads,
+                  LinearTf32Kernel<TILE, A, B, THREE>::kSharedBytes, stream, params);
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  if (along_k(g.a)) return along_k(g.b) ? go(yes, yes) : go(yes, no);
+  return along_k(g.b) ? go(no, yes) : go(no, no);
+}
+
+template <class T, int TILE>
+Status launch_thin(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream) {
+  constexpr LinearTile t = kThinTiles[TILE];
+  const LinearMma params = {row_matrix(g.a, 2), row_matrix(g.b, 2), g.K,       plan.k_per_split,
+                            ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
+  const auto go = [&](auto b) {
+    constexpr bool B = decltype(b)::value;
+    return launch(label, linear_thin_kernel<T, TILE, B>, grid_of(g, plan), t.threads,
+                  LinearThinKernel<T, TILE, B>::kSharedBytes, stream, params);
+  };
+  if (!along_k(g.a)) return failed(label, cudaErrorInvalidValue, "rows that are not dense");
+  return along_k(g.b) ? go(std::true_type()) : go(std::false_type());
 }
 
 template <class T, int TILE>
@@ -110,7 +147,9 @@ Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
   const Label label = {plan.kernel == LinearKernel::Mma     ? "linear_mma_kernel"
                        : plan.kernel == LinearKernel::Wgmma ? "linear_wgmma_kernel"
                        : plan.kernel == LinearKernel::Simt  ? "linear_simt_kernel"
-                                                            : "linear_gemv_kernel",
+                       : plan.kernel == LinearKernel::Gemv  ? "linear_gemv_kernel"
+                       : plan.kernel == LinearKernel::Thin  ? "linear_thin_kernel"
+                                                            : "linear_tf32_kernel",
                        {{"M", g.M}, {"N", g.N}, {"K", g.K}, {"bytes", sizeof(T)}, {"tile", plan.tile}}};
   switch (plan.kernel) {
     case LinearKernel::Gemv: return launch_gemv<T>(label, g, plan, stream);
@@ -124,6 +163,22 @@ Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
     case LinearKernel::Mma:
       if constexpr (sizeof(T) == 2)
         return plan.tile == 0 ? launch_mma<T, 0>(label, g, plan, stream) : launch_mma<T, 1>(label, g, plan, stream);
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
+    case LinearKernel::Thin:
+      if constexpr (sizeof(T) == 2)
+        return plan.tile == 0   ? launch_thin<T, 0>(label, g, plan, stream)
+               : plan.tile == 1 ? launch_thin<T, 1>(label, g, plan, stream)
+                                : launch_thin<T, 2>(label, g, plan, stream);
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
+    case LinearKernel::Tf32:
+      if constexpr (std::is_same_v<T, float>)
+        return plan.tile == 0 ? launch_tf32<0, false>(label, g, plan, stream)
+                              : launch_tf32<1, false>(label, g, plan, stream);
+      return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
+    case LinearKernel::Tf32x3:
+      if constexpr (std::is_same_v<T, float>)
+        return plan.tile == 0 ? launch_tf32<0, true>(label, g, plan, stream)
+                              : launch_tf32<1, true>(label, g, plan, stream);
       return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
     case LinearKernel::Simt:
       if constexpr (std::is_same_v<T, float>)
@@ -160,7 +215,8 @@ Gemm forward_gemm(const LinearForward& p) {
           p.K,
           {p.input, p.input_row, p.input_col, p.M, p.K},
           {p.weight, p.weight_row, p.weight_col, p.N, p.K},
-          {p.output, p.preactivation, p.bias, nullptr, p.M, p.N, p.activation, false}};
+          {p.output, p.preactivation, p.bias, nullptr, p.M, p.N, p.activation, false},
+          p.allow_tf32};
 }
 
 }  // namespace
@@ -204,7 +260,8 @@ BackwardPlan backward_plan(const LinearBackward& p, void* grad) {
   const void* const g = b.derived ? grad : p.grad_output;
   const int64_t row = b.derived ? p.N : p.grad_row, col = b.derived ? 1 : p.grad_col;
   const auto product = [&](int64_t M, int64_t N, int64_t K, StridedMatrix a, StridedMatrix other, void* output) {
-    return Gemm{p.dtype, M, N, K, a, other, {output, nullptr, nullptr, nullptr, M, N, Activation::None, false}};
+    const LinearEpilogue epilogue = {output, nullptr, nullptr, nullptr, M, N, Activation::None, false};
+    return Gemm{p.dtype, M, N, K, a, other, epilogue, p.allow_tf32};
   };
   const auto plan = [&](const Gemm& gemm, LinearPlan& chosen) {
     if (!gemm.epilogue.output) return;

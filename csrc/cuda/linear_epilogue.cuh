@@ -83,6 +83,30 @@ FASTNN_DEVICE void linear_finish_tile(const LinearEpilogue& e, int64_t m, int64_
   }
 }
 
+// The same of the fragments of mma.sync: a warp has ROWS x COLS of them, from row warp_m * 16 ROWS and column `col` of
+// the tile on, and WARPS_M rows of warps are staged one after the other.
+template <class T, int TILE_N, int THREADS, int WARPS_M, int ROWS, int COLS>
+FASTNN_DEVICE void linear_finish_fragments(const LinearEpilogue& e, int64_t m, int64_t n, int split, float* staging,
+                                           const float (&sums)[ROWS][COLS][4], int warp_m, int col) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int pass = 0; pass < WARPS_M; ++pass) {
+    __syncthreads();  // nobody reads what is overwritten now
+    if (warp_m == pass) {
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (int j = 0; j < COLS; ++j)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            ptx::shared_store(staging + staged<TILE_N>(16 * i + 8 * half + lane / 4, col + 8 * j + lane % 4 * 2),
+                              Vector<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}});
+    }
+    __syncthreads();
+    linear_finish_tile<T, 16 * ROWS, TILE_N, THREADS>(e, m + pass * 16 * ROWS, n, split, staging);
+  }
+}
+
 // output = activation(Σ partial[split] + bias), the splits in their order. One thread, one output: the sums come from
 // L2.
 template <class T>

@@ -10,14 +10,17 @@ namespace fastnn::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else. Wgmma: 16-bit
-// types on sm_90 that TMA can describe.
-enum class LinearKernel : int32_t { Gemv, Mma, Simt, Wgmma };
+// Gemv: a few rows, the weight is streamed once. Mma: tensor cores, 16-bit types. Simt: everything else. Tf32, Tf32x3:
+// float32 on tensor cores, in one product or in three. Thin: up to 64 rows in 16-bit types, the weight is streamed once.
+// Wgmma: 16-bit types on sm_90 that TMA can describe.
+enum class LinearKernel : int32_t { Gemv, Mma, Simt, Tf32, Tf32x3, Thin, Wgmma };
 
 struct LinearTile {
   int m, n, k, threads;
 };
 inline constexpr LinearTile kMmaTiles[] = {{128, 128, 32, 256}, {64, 64, 32, 128}};
+inline constexpr LinearTile kTf32Tiles[] = {{128, 128, 32, 256}, {64, 64, 32, 128}};
+inline constexpr LinearTile kThinTiles[] = {{16, 32, 128, 128}, {32, 32, 128, 128}, {64, 64, 64, 128}};
 inline constexpr LinearTile kSimtTiles[] = {{128, 128, 8, 256}, {64, 64, 8, 256}};
 inline constexpr LinearTile kWgmmaTiles[] = {{128, 256, 64, 384}, {128, 128, 64, 384}};
 inline constexpr LinearTile kGemvTile = {8, 16, 128, 128};
@@ -30,10 +33,16 @@ struct LinearPlan {
 };
 
 constexpr LinearTile linear_tile(LinearKernel kernel, int tile) {
-  return kernel == LinearKernel::Mma     ? kMmaTiles[tile]
-         : kernel == LinearKernel::Wgmma ? kWgmmaTiles[tile]
-         : kernel == LinearKernel::Simt  ? kSimtTiles[tile]
-                                         : kGemvTile;
+  switch (kernel) {
+    case LinearKernel::Mma: return kMmaTiles[tile];
+    case LinearKernel::Simt: return kSimtTiles[tile];
+    case LinearKernel::Tf32:
+    case LinearKernel::Tf32x3: return kTf32Tiles[tile];
+    case LinearKernel::Thin: return kThinTiles[tile];
+    case LinearKernel::Wgmma: return kWgmmaTiles[tile];
+    case LinearKernel::Gemv: break;
+  }
+  return kGemvTile;
 }
 
 // Splits of equal size, none of them empty: `wanted` or a few less.
@@ -52,32 +61,47 @@ struct LinearProblem {
   int64_t M, N, K;
   bool a_unit, b_unit;  // rows or columns of the operand lie dense in memory
   bool along_k;         // and in both it is the direction of K
-  bool tma = false;     // both are such as TMA can describe
+  bool allow_tf32 = false;
+  bool a_along_k = false;  // in A it is, whatever it is in B
+  bool tma = false;        // both are such as TMA can describe
 };
 
 // Multiprocessor cycles that a plan is thought to take. A step of the main loop is bound by its multiply-adds or by the
 // bytes of its two tiles from L2 (48 a cycle); the smaller tile reads more shared memory for a multiply-add, which the
-// factor says. A block costs its first loads and its epilogue, a split the way of its sums through memory and one more
-// launch. None of the constants was fitted: they are ratios of data sheets.
+// factor says. A tile takes some 1000 cycles to come, and a block has two steps on their way, up to four blocks being
+// there at once; Thin has enough on its way to be bound by memory, 16 bytes a cycle. A block costs its first loads and
+// its epilogue, a split the way of its sums through memory and one more launch. None of the constants was fitted: they
+// are ratios of data sheets.
 constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int multiprocessors) {
   const LinearTile t = linear_tile(plan.kernel, plan.tile);
-  const bool mma = plan.kernel == LinearKernel::Mma, wide = p.dtype == DType::Float64;
-  const bool wgmma = plan.kernel == LinearKernel::Wgmma;
-  const double rate = (wgmma  ? 2048
-                       : mma  ? 1024
-                       : wide ? 32
-                              : 128) *
-                      (plan.tile == 0 ? 0.8
-                       : wgmma        ? 0.7
-                                      : 0.5);  // multiply-adds a cycle
+  const bool wide = p.dtype == DType::Float64;
+  const bool thin = plan.kernel == LinearKernel::Thin, wgmma = plan.kernel == LinearKernel::Wgmma;
+  const double peak = wgmma                                 ? 2048
+                      : thin                                ? 1024
+                      : plan.kernel == LinearKernel::Mma    ? 1024
+                      : plan.kernel == LinearKernel::Tf32   ? 512
+                      : plan.kernel == LinearKernel::Tf32x3 ? 512 / 3.0
+                      : wide                                ? 32
+                                                            : 128;
+  const double share = plan.tile == 0 ? 0.8 : wgmma ? 0.7 : 0.5, rate = peak * share;  // multiply-adds a cycle
   const double size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2;
   const double products = static_cast<double>(t.m) * t.n * t.k / rate, bytes = (t.m + t.n) * t.k * size / 48;
   const double steps = static_cast<double>(plan.k_per_split / t.k);
   const int64_t blocks = ceil_div(p.M, t.m) * ceil_div(p.N, t.n) * plan.splits;
   const double waves = static_cast<double>(ceil_div(blocks, multiprocessors));
+  const double waiting = thin ? t.n * t.k * size / 16 : 500 / (waves < 4 ? waves : 4);
   const double sums =
       plan.splits > 1 ? 4000 + 2.0 * plan.splits * p.M * p.N * (wide ? 8 : 4) / (24.0 * multiprocessors) : 0;
-  return waves * (steps * (products > bytes ? products : bytes) + 2000) + sums;
+  const double busy = products > bytes ? products : bytes;
+  return waves * (steps * (busy > waiting ? busy : waiting) + 2000) + sums;
+}
+
+// float32 on tensor cores: in three products where TF32 is more than six times as fast as FMAs (8.0: 8 times, 9.0: 7,
+// 10.x: 14, by data sheets), in one, if that is allowed, wherever there is TF32 (twice as fast elsewhere, or as fast).
+constexpr LinearKernel float_kernel(const LinearProblem& p, int capability) {
+  const bool fast = capability == 80 || capability == 90 || capability / 10 == 10;
+  if (p.dtype != DType::Float32 || !p.a_unit || !p.b_unit || capability < 80) return LinearKernel::Simt;
+  return p.allow_tf32 ? LinearKernel::Tf32 : fast ? LinearKernel::Tf32x3 : LinearKernel::Simt;
 }
 
 inline constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
@@ -95,15 +119,15 @@ constexpr LinearPlan linear_plan(const LinearProblem& p, int capability, int mul
     const LinearPlan plan = linear_split(LinearKernel::Gemv, 0, p.K, static_cast<int>(wanted < most ? wanted : most));
     return fits(plan.splits) ? plan : linear_split(LinearKernel::Gemv, 0, p.K, 1);
   }
-  const LinearKernel kernel = mma ? LinearKernel::Mma : LinearKernel::Simt;
+  const LinearKernel kernel = mma ? LinearKernel::Mma : float_kernel(p, capability);
   LinearPlan best = linear_split(kernel, 1, p.K, 1);
   double least = linear_cost(p, best, multiprocessors);
-  const auto consider = [&](LinearKernel kernel, int tile) {
-    const LinearTile t = linear_tile(kernel, tile);
+  const auto consider = [&](LinearKernel candidate, int tile) {
+    const LinearTile t = linear_tile(candidate, tile);
     const int64_t blocks = ceil_div(p.M, t.m) * ceil_div(p.N, t.n);
     for (int wanted = 1; wanted <= 32; ++wanted) {
       if (wanted > 1 && (blocks * (wanted - 1) >= 2 * multiprocessors || p.K < int64_t{4} * wanted * t.k)) break;
-      const LinearPlan plan = linear_split(kernel, tile, p.K, wanted);
+      const LinearPlan plan = linear_split(candidate, tile, p.K, wanted);
       if (!fits(plan.splits)) break;
       const double cost = linear_cost(p, plan, multiprocessors);
       if (cost < least) least = cost, best = plan;
@@ -112,6 +136,8 @@ constexpr LinearPlan linear_plan(const LinearProblem& p, int capability, int mul
   for (int tile = p.dtype == DType::Float32 || mma ? 0 : 1; tile < 2; ++tile) consider(kernel, tile);
   if (mma && p.tma && capability == 90)
     for (const int tile : {0, 1}) consider(LinearKernel::Wgmma, tile);
+  if (mma && capability >= 80 && p.a_along_k && p.M <= kThinTiles[2].m)
+    consider(LinearKernel::Thin, p.M <= kThinTiles[0].m ? 0 : p.M <= kThinTiles[1].m ? 1 : 2);
   return best;
 }
 

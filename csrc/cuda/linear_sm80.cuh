@@ -27,10 +27,10 @@ struct LinearMma {
   LinearEpilogue epilogue;
 };
 
-// An operand's tile in shared memory: SIDE rows of 32 elements of K, or 32 rows of SIDE elements.
-template <int SIDE, bool ALONG_K, int THREADS>
+// An operand's tile in shared memory: SIDE rows of K elements of that dimension, or K rows of SIDE elements.
+template <int SIDE, bool ALONG_K, int THREADS, int K = 32>
 struct OperandTile {
-  static constexpr int kRows = ALONG_K ? SIDE : 32, kChunks = (ALONG_K ? 32 : SIDE) / 8, kBytes = SIDE * 32 * 2;
+  static constexpr int kRows = ALONG_K ? SIDE : K, kChunks = (ALONG_K ? K : SIDE) / 8, kBytes = SIDE * K * 2;
 
   static FASTNN_DEVICE void copy(unsigned char* tile, const RowMatrix& matrix, int64_t side, int64_t k) {
     copy_tile<kRows, kChunks, THREADS>(tile, matrix, ALONG_K ? side : k, ALONG_K ? k : side);
@@ -111,26 +111,8 @@ struct LinearMmaKernel {
     }
     ptx::cp_async_wait<0>();
 
-    float* const staging = reinterpret_cast<float*>(shared);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int pass = 0; pass < kWarpsM; ++pass) {
-      __syncthreads();  // nobody reads what is overwritten now
-      if (warp_m == pass) {
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-          for (int j = 0; j < kFragmentsN; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int row = 16 * i + 8 * half + lane / 4, col = warp_n * kWarpN + 8 * j + lane % 4 * 2;
-              ptx::shared_store(staging + staged<tile.n>(row, col),
-                                Vector<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}});
-            }
-      }
-      __syncthreads();
-      linear_finish_tile<T, kWarpM, tile.n, tile.threads>(p.epilogue, m + pass * kWarpM, n, split, staging);
-    }
+    linear_finish_fragments<T, tile.n, tile.threads, kWarpsM>(p.epilogue, m, n, split, reinterpret_cast<float*>(shared),
+                                                              sums, warp_m, warp_n * kWarpN);
   }
 };
 

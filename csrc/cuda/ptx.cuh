@@ -208,6 +208,9 @@ FASTNN_DEVICE void mma_m8n8k4_f64(double (&c)[2], double a, double b) {
                host::mma_m8n8k4_f64(c, a, b));
 }
 
+// Ends the kernel with an error: for what no plan chooses.
+FASTNN_DEVICE void trap() { FASTNN_PTX(asm volatile("trap;"), host::trap()); }
+
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
 // a / b within 2 ulp, without the branch that IEEE division takes.

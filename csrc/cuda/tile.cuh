@@ -17,7 +17,16 @@ FASTNN_HOST_DEVICE constexpr int swizzled(int row, int chunk) {
   return row * CHUNKS + (chunk ^ (row / rows_in_128_bytes & mask));
 }
 
-// A matrix of 16-bit elements whose rows lie dense, ld elements apart; 0 where there is one row.
+// Tiles of 32-bit elements with K as the slow dimension, which ldmatrix cannot turn: lane (g, t) of a fragment reads
+// element g of row k + t, so four rows that follow each other are two chunks apart. Copies write whole rows as before.
+template <int CHUNKS>
+FASTNN_HOST_DEVICE constexpr int swizzled_words(int row, int chunk) {
+  static_assert(CHUNKS % 8 == 0);
+  return row * CHUNKS + (chunk ^ (row & 3) * 2);
+}
+
+// A matrix of 16-bit elements whose rows lie dense, ld elements apart; 0 where there is one row. A float counts as two
+// elements: ld, cols and columns are even then, and width is at least 4.
 struct RowMatrix {
   const uint16_t* data;
   int64_t ld, rows, cols;
@@ -50,8 +59,9 @@ FASTNN_DEVICE void copy_chunk_by_elements(unsigned char* to, const uint16_t* fro
 }
 
 // Rows row .. row + ROWS, columns col .. col + 8 CHUNKS; zeros outside of the matrix. By THREADS threads; the caller
-// commits and waits. A thread has the same chunk of rows that lie kStep apart, so one address serves them all.
-template <int ROWS, int CHUNKS, int THREADS>
+// commits and waits. A thread has the same chunk of rows that lie kStep apart, so one address serves them all. PLACE is
+// one of the swizzles above; LEAST is the narrowest width that comes.
+template <int ROWS, int CHUNKS, int THREADS, int (*PLACE)(int, int) = swizzled<CHUNKS>, int LEAST = 2>
 FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64_t row, int64_t col,
                              int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kStep = THREADS / CHUNKS, kEach = ROWS / kStep;
@@ -61,7 +71,7 @@ FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64
   const int cols_left = static_cast<int>(matrix.cols - col < 8 * CHUNKS ? matrix.cols - col : 8 * CHUNKS) - 8 * c;
   const int count = cols_left < 0 ? 0 : cols_left > 8 ? 8 : cols_left;
   const uint16_t* const from = matrix.data + (row + r) * matrix.ld + col + 8 * c;
-  unsigned char* const to = tile + 16 * swizzled<CHUNKS>(r, c);
+  unsigned char* const to = tile + 16 * PLACE(r, c);
   if (matrix.width == 16) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i)  // of no bytes, it reads nothing: the address may lie outside
@@ -75,7 +85,7 @@ FASTNN_DEVICE void copy_tile(unsigned char* tile, const RowMatrix& matrix, int64
       unsigned char* const place = to + i * 16 * kStep * CHUNKS;
       if (matrix.width == 8)
         copy_chunk<8>(place, source, matrix.data, valid);
-      else if (matrix.width == 4)
+      else if (LEAST == 4 || matrix.width == 4)
         copy_chunk<4>(place, source, matrix.data, valid);
       else
         copy_chunk_by_elements(place, source, valid);

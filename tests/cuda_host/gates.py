@@ -19,6 +19,8 @@ from pathlib import Path
 MEANT = [
     ("linear_mma_kernel", 75, ["HMMA.1688.F32", "LDSM.16.M"]),
     ("linear_mma_kernel", 80, ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M", "STG.E.128", "LDS.128"]),
+    ("linear_tf32_kernel", 80, ["HMMA.1688.F32.TF32", "FFMA", "LDGSTS.E.BYPASS.128", "LDS", "STG.E.128"]),
+    ("linear_thin_kernel", 80, ["HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDSM.16.M", "STG.E.128", "LDS.128"]),
     ("linear_wgmma_kernel", 90, ["HGMMA.64", "UTMALDG.2D", "USETMAXREG", "SYNCS.PHASECHK", "STG.E.128", "LDS.128"]),
     ("linear_simt_kernelIf", 80, ["FFMA", "LDGSTS.E", "LDS.128", "STG.E.128"]),
     ("linear_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128", "STG.E.128"]),

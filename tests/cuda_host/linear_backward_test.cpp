@@ -14,6 +14,7 @@ using namespace fastnn::cuda;
 namespace {
 
 int failures = 0, cases = 0, every = 1;
+bool allow_tf32 = false;
 
 struct Case {
   int64_t M, N, K;
@@ -37,6 +38,7 @@ void check(const Case& c) {
   LinearBackward p = {};
   p.dtype = dtype_of<T>, p.activation = c.activation;
   p.M = c.M, p.N = c.N, p.K = c.K;
+  p.allow_tf32 = allow_tf32;
   p.grad_output = grad.data, p.grad_row = grad.row, p.grad_col = grad.col;
   p.saved = c.activation == Activation::None ? nullptr : saved.data;
   p.input = x.data, p.input_row = x.row, p.input_col = x.col;
@@ -70,8 +72,8 @@ void check(const Case& c) {
     }
     g[i] = grad.values[i] * factor;
   }
-  // g is rounded to the dtype before it is multiplied; sums are kept in float.
-  const double unit = std::is_same_v<T, double> ? 1e-9 : 0x1p-22;
+  // g is rounded to the dtype before it is multiplied, and to TF32 where that is allowed; sums are kept in float.
+  const double unit = std::is_same_v<T, double> ? 1e-9 : allow_tf32 ? 0x1p-11 : 0x1p-22;
   const auto compare = [&](const char* name, const T* got, int64_t rows, int64_t cols, int64_t depth, auto left,
                            auto right) {
     for (int64_t i = 0; i < rows; ++i)
@@ -135,6 +137,10 @@ int main(int argc, char** argv) {
   check_dtype<double>();
   check_dtype<BFloat16>();
   check_dtype<Float16>();
+  allow_tf32 = true;
+  check_dtype<float>();
+  allow_tf32 = false, host::machine.capability = 86;  // float32 without tensor cores
+  check_dtype<float>();
   host::machine.capability = 75;
   check_dtype<Float16>();
   check_dtype<BFloat16>();

@@ -41,6 +41,26 @@ void check_swizzle() {
   }
 }
 
+// Tiles of floats with K slow: lane (g, t) of a fragment reads element side + g of row k + t, a bank each.
+template <int CHUNKS>
+void check_words() {
+  std::set<int> places;
+  for (int row = 0; row < 32; ++row)
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      const int place = swizzled_words<CHUNKS>(row, chunk);
+      expect(place / CHUNKS == row && places.insert(place).second, "a swizzle of words keeps rows and is one to one");
+    }
+  for (int k = 0; k < 32; k += 4)
+    for (int side = 0; side < 4 * CHUNKS; side += 8) {
+      std::set<int> banks;
+      for (int lane = 0; lane < 32; ++lane) {
+        const int s = side + lane / 4;
+        banks.insert((4 * swizzled_words<CHUNKS>(k + lane % 4, s / 4) + s % 4) % 32);
+      }
+      expect(banks.size() == 32, "fragments of words without bank conflicts");
+    }
+}
+
 template <int COLS>
 void check_staged() {
   std::set<int> places;
@@ -79,8 +99,9 @@ void check_widths() {
 }
 
 void check_plans() {
-  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt, LinearKernel::Wgmma})
-    for (int tile = 0; tile < 2; ++tile)
+  for (const LinearKernel kernel : {LinearKernel::Gemv, LinearKernel::Mma, LinearKernel::Simt, LinearKernel::Tf32,
+                                    LinearKernel::Thin, LinearKernel::Wgmma})
+    for (int tile = 0; tile < (kernel == LinearKernel::Thin ? 3 : 2); ++tile)
       for (int64_t K = 0; K < 1500; ++K)
         for (int wanted = 1; wanted < 9; ++wanted) {
           const LinearPlan plan = linear_split(kernel, tile, K, wanted);
@@ -90,20 +111,27 @@ void check_plans() {
           expect(K == 0 || (plan.splits - 1) * plan.k_per_split < K, "no split is empty");
         }
   for (const DType dtype : {DType::Float32, DType::Float64, DType::BFloat16, DType::Float16})
-    for (const int capability : {75, 80, 86, 90, 120})
+    for (const int capability : {75, 80, 86, 90, 103, 120})
       for (const int multiprocessors : {1, 20, 132})
         for (int64_t M = 1; M < 20000; M += 1 + M / 3)
           for (int64_t N = 1; N < 20000; N += 1 + N / 2)
             for (int64_t K = 1; K < 40000; K += 1 + K)
-              for (int layout = 0; layout < 5; ++layout) {  // 3 and 4: TMA can describe the operands
-                const LinearProblem problem = {dtype, M, N, K, layout != 2, layout != 2, layout % 4 == 0, layout > 2};
-                const LinearPlan plan = linear_plan(problem, capability, multiprocessors);
+              for (int layout = 0; layout < 8; ++layout) {  // 6 and 7: TMA can describe the operands
+                const bool tma = layout > 5, dense = layout / 2 != 2, along_k = layout / 2 % 3 == 0, tf32 = layout % 2;
+                const LinearPlan plan = linear_plan({dtype, M, N, K, dense, dense, along_k, tf32, along_k || tf32, tma},
+                                                    capability, multiprocessors);
+                const bool one = plan.kernel == LinearKernel::Tf32, three = plan.kernel == LinearKernel::Tf32x3;
                 const bool half = dtype == DType::Float16 || dtype == DType::BFloat16;
-                expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && problem.along_k),
-                       "gemv: a few rows along K");
-                expect(plan.kernel != LinearKernel::Mma || (half && layout != 2), "tensor cores: 16 bits, dense");
-                expect(plan.kernel != LinearKernel::Wgmma || (half && problem.tma && capability == 90),
+                expect(plan.kernel != LinearKernel::Gemv || (M <= kGemvTile.m && along_k), "gemv: a few rows along K");
+                expect(plan.kernel != LinearKernel::Mma || (half && dense), "tensor cores: 16 bits, dense");
+                expect(plan.kernel != LinearKernel::Wgmma || (half && tma && capability == 90),
                        "wgmma: 16 bits, by TMA, sm_90 and nothing after it");
+                expect(plan.kernel != LinearKernel::Thin || (half && dense && (along_k || tf32) && capability >= 80 &&
+                                                             M <= linear_tile(plan.kernel, plan.tile).m),
+                       "thin: up to 64 rows of 16 bits along K");
+                expect(!(one || three) || (dtype == DType::Float32 && dense && capability >= 80 && one == tf32),
+                       "TF32 in one product where it is allowed alone");
+                expect(!three || capability == 80 || capability == 90 || capability == 103, "three where that pays");
                 expect(plan.kernel == LinearKernel::Simt || capability >= 80 || dtype != DType::BFloat16,
                        "no bfloat16 on tensor cores before sm_80");
                 expect(plan.kernel != LinearKernel::Simt || plan.tile == 1 || dtype == DType::Float32,
@@ -117,23 +145,36 @@ void check_plans() {
   constexpr LinearProblem narrow = {DType::BFloat16, 64, 256, 65536, true, true, true};
   static_assert(linear_plan(narrow, 80, 108).splits > 4);
   // wgmma where TMA can have the operands: the large tile for large problems, the small one where it fills the chip.
-  constexpr LinearProblem by_tma = {DType::BFloat16, 8192, 8192, 8192, true, true, true, true};
+  constexpr LinearProblem by_tma = {DType::BFloat16, 8192, 8192, 8192, true, true, true, false, true, true};
   static_assert(linear_plan(by_tma, 90, 132).kernel == LinearKernel::Wgmma && linear_plan(by_tma, 90, 132).tile == 0);
   static_assert(linear_plan(by_tma, 120, 132).kernel == LinearKernel::Mma);
   static_assert(linear_plan(large, 90, 132).kernel == LinearKernel::Mma);
-  constexpr LinearProblem middle = {DType::BFloat16, 1024, 2048, 4096, true, true, true, true};
+  constexpr LinearProblem middle = {DType::BFloat16, 1024, 2048, 4096, true, true, true, false, true, true};
   static_assert(linear_plan(middle, 90, 132).kernel == LinearKernel::Wgmma && linear_plan(middle, 90, 132).tile == 1);
-  constexpr LinearProblem small = {DType::BFloat16, 32, 512, 512, true, true, true, true};
+  constexpr LinearProblem small = {DType::BFloat16, 32, 512, 512, true, true, false, false, false, true};
   static_assert(linear_plan(small, 90, 132).kernel == LinearKernel::Mma);
   constexpr LinearProblem few = {DType::BFloat16, 4, 4096, 4096, true, true, true};
   static_assert(linear_plan(few, 80, 108).kernel == LinearKernel::Gemv);
+  // A few rows: a block for each multiprocessor with no splits where there are features enough.
+  for (const int64_t M : {9, 16, 24, 32, 64}) {
+    const LinearPlan plan = linear_plan({DType::BFloat16, M, 4096, 4096, true, true, true, false, true}, 90, 132);
+    expect(plan.kernel == LinearKernel::Thin && (M > 32 || plan.splits == 1), "a few rows are thin");
+  }
+  // float32: FMAs, three products where TF32 is fast, one where it is allowed.
+  LinearProblem floats = {DType::Float32, 512, 512, 512, true, true, true};
+  expect(linear_plan(floats, 86, 84).kernel == LinearKernel::Simt, "FMAs where TF32 is no faster");
+  expect(linear_plan(floats, 90, 132).kernel == LinearKernel::Tf32x3, "three products on 9.0");
+  floats.allow_tf32 = true;
+  expect(linear_plan(floats, 86, 84).kernel == LinearKernel::Tf32, "one product where it is allowed");
+  expect(linear_plan(floats, 75, 40).kernel == LinearKernel::Simt, "no TF32 before 8.0");
 }
 
 }  // namespace
 
 int main() {
   check_swizzle<2>(), check_swizzle<4>(), check_swizzle<8>(), check_swizzle<16>();
-  check_staged<64>(), check_staged<128>();
+  check_staged<32>(), check_staged<64>(), check_staged<128>();
+  check_words<16>(), check_words<32>();
   check_places();
   check_widths();
   check_plans();

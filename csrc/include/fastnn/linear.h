@@ -60,6 +60,7 @@ struct LinearForward {
   void* output;         // [M, N], row stride N
   void* preactivation;  // [M, N], row stride N: input @ weight.T + bias, or nullptr where it is not wanted
   int threads;
+  bool allow_tf32 = false;  // float32 on CUDA may round its operands to TF32
 };
 
 struct LinearBackward {
@@ -77,6 +78,7 @@ struct LinearBackward {
   void* grad_weight;  // [N, K], row stride K, or nullptr
   void* grad_bias;    // [N], or nullptr
   int threads;
+  bool allow_tf32 = false;  // as in LinearForward
 };
 
 struct LinearPack {
@@ -99,7 +101,7 @@ void linear_pack(const LinearPack& p);
 
 namespace cuda {
 
-// `algorithm`, `packed` and `threads` are the CPU's. The workspace has as many bytes as linear_forward_workspace says.
+// `algorithm`, `packed` and `threads` are the CPU's, which in turn knows no `allow_tf32`. The workspace has as many bytes as linear_forward_workspace says.
 int64_t linear_forward_workspace(const LinearForward& p);
 Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream);
 int64_t linear_backward_workspace(const LinearBackward& p);

@@ -108,6 +108,7 @@ void wgmma_wait(int pending);
 void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool a_along_k, bool b_along_k,
            bool half, bool accumulate);
 
+[[noreturn]] void trap();
 float exp2_approximate(float x);
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);

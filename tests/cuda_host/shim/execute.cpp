@@ -456,6 +456,20 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   });
 }
 
+// As tensor cores were found to add (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021): the terms are cut to
+// the last place of the largest, and so is their sum. Chips that keep a bit or two more do better.
+static float truncated_sum(const double (&terms)[5]) {
+  double largest = 0, plain = 0;
+  for (const double term : terms) largest = std::fmax(largest, std::fabs(term)), plain += term;
+  if (!(std::fabs(plain) < INFINITY) || largest == 0) return static_cast<float>(plain);
+  const int last = std::max(std::ilogb(largest) - 23, -149);
+  double sum = 0;
+  for (const double term : terms) sum += std::trunc(std::ldexp(term, -last));
+  sum = std::ldexp(sum, last);
+  const float rounded = static_cast<float>(sum);
+  return std::fabs(rounded) > std::fabs(sum) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
+
 void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operand {
     float* c;
@@ -470,9 +484,12 @@ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
     }
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < 4; ++j) {
-        double sum = lanes[i]->c[j];
-        for (int k = 0; k < 8; ++k) sum += A[i / 4 + j / 2 * 8][k] * B[k][i % 4 * 2 + j % 2];
-        lanes[i]->c[j] = static_cast<float>(sum);
+        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
+        for (int k = 0; k < 8; k += 4) {
+          const double terms[5] = {lanes[i]->c[j], A[row][k] * B[k][column], A[row][k + 1] * B[k + 1][column],
+                                   A[row][k + 2] * B[k + 2][column], A[row][k + 3] * B[k + 3][column]};
+          lanes[i]->c[j] = truncated_sum(terms);
+        }
       }
   });
 }
@@ -521,6 +538,8 @@ void shuffle(void* value, int bytes, int source_lane, const char* file, int line
 int lane() { return current->lane; }
 
 // ---- conversions ----------------------------------------------------------------------------------------------------
+
+void trap() { fail("a trap"); }
 
 float exp2_approximate(float x) {
   const float power = std::exp2(x);
