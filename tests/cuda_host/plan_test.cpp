@@ -151,8 +151,6 @@ void check_plans() {
   static_assert(linear_plan(large, 90, 132).kernel == LinearKernel::Mma);
   constexpr LinearProblem middle = {DType::BFloat16, 1024, 2048, 4096, true, true, true, false, true, true};
   static_assert(linear_plan(middle, 90, 132).kernel == LinearKernel::Wgmma && linear_plan(middle, 90, 132).tile == 1);
-  constexpr LinearProblem small = {DType::BFloat16, 32, 512, 512, true, true, false, false, false, true};
-  static_assert(linear_plan(small, 90, 132).kernel == LinearKernel::Mma);
   constexpr LinearProblem few = {DType::BFloat16, 4, 4096, 4096, true, true, true};
   static_assert(linear_plan(few, 80, 108).kernel == LinearKernel::Gemv);
   // A few rows: a block for each multiprocessor with no splits where there are features enough.
