@@ -50,12 +50,15 @@ MEANT = [
     ("attention_simt_kernelId", 80, ["DFMA", "LDGSTS.E.64", "LDS.128"]),
 ]
 NEVER = ("LDL", "STL")
-# bfloat16 has no matrix instruction on sm_75, and attention's widest tiles are not built there: never chosen. wgmma is
-# sm_90a's alone: the kernel is empty after it.
+# Never chosen there, so not built or of no use: on sm_75 bfloat16, which has no matrix instruction, and attention's widest
+# tiles; where a block has 99 KiB the tile of gradients that takes 161; wgmma after sm_90a.
+LARGE_GRAD = ("attention_grad_mma_kernelINS_7Float16ELi1E", "attention_grad_mma_kernelINS_8BFloat16ELi1E")
 EXEMPT = {
     75: ("8BFloat16", "attention_mma_kernelINS_7Float16ELi8E", "attention_mma_kernelINS_7Float16ELi11E"),
+    86: LARGE_GRAD,
+    89: LARGE_GRAD,
     100: ("wgmma_kernel",),
-    120: ("wgmma_kernel",),
+    120: ("wgmma_kernel", *LARGE_GRAD),
 }
 WARNINGS = ("C7508", "C7510", "C7511", "C7515")  # setmaxnreg ignored, wgmma serialised
 
