@@ -52,11 +52,16 @@ bool uneven(const AttentionForward& f) {
 
 template <class T, int TILE = 0>
 Status launch_tile(const AttentionParams& p, const AttentionPlan& plan, const AttentionTiled& a, dim3 grid,
-                   Stream stream) {
+                   Stream stream, bool& told) {
   if constexpr (TILE == kAttentionWgmmaTileCount) {
     return {};
   } else {
-    if (plan.tile != TILE) return launch_tile<T, TILE + 1>(p, plan, a, grid, stream);
+    if (plan.tile != TILE) return launch_tile<T, TILE + 1>(p, plan, a, grid, stream, told);
+    const bool there = has_body(attention_wgmma_kernel<T, TILE>);
+    if (!there) {
+      told = false;
+      return refused("attention_wgmma_kernel", p, plan, "a build without sm_90a");
+    }
     return launch_labelled("attention_wgmma_kernel", p, plan, attention_wgmma_kernel<T, TILE>, grid,
                            kAttentionWgmmaThreads, attention_wgmma_shared_bytes(kAttentionWgmmaTiles[TILE]), stream, a);
   }
@@ -98,8 +103,8 @@ Status attention_sm90_forward(const AttentionParams& p, const AttentionPlan& pla
   // A block on every multiprocessor walks along the tiles; where keys are split there are few tiles anyway.
   const uint32_t blocks = plan.splits > 1 ? a.tiles : std::min(a.tiles, static_cast<uint32_t>(device.multiprocessors));
   const dim3 grid(blocks, static_cast<unsigned>(plan.splits));
-  return p.dtype == DType::Float16 ? launch_tile<Float16>(p, plan, a, grid, stream)
-                                   : launch_tile<BFloat16>(p, plan, a, grid, stream);
+  return p.dtype == DType::Float16 ? launch_tile<Float16>(p, plan, a, grid, stream, told)
+                                   : launch_tile<BFloat16>(p, plan, a, grid, stream, told);
 }
 
 }  // namespace fastnn::cuda

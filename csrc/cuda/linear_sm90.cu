@@ -34,7 +34,8 @@ bool launch_tile(const Label& label, const LinearWgmmaCall& call, const LinearPl
   const int64_t blocks = std::min<int64_t>(params.work, current_device().multiprocessors);
   const auto go = [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
-    if (!has_body(linear_wgmma_kernel<T, TILE, A, B>)) return false;
+    const bool there = has_body(linear_wgmma_kernel<T, TILE, A, B>);
+    if (!there) return false;
     status = launch(label, linear_wgmma_kernel<T, TILE, A, B>, dim3(static_cast<unsigned>(blocks)), t.threads,
                     LinearWgmmaKernel<T, TILE, A, B>::kSharedBytes, stream, params);
     return true;
