@@ -16,7 +16,7 @@ Status attention_backward_planned(const AttentionBackwardParams& p, int tile, co
                                   Workspace workspace, Stream stream);
 
 // attention_sm90.cu: whether TMA can tell where query, key and value lie; and the launch of plan.kernel Wgmma. `told` is
-// false where the tensor maps could not be made, since the driver would not: nothing was launched then.
+// false where the driver makes no tensor map or the build has no kernel for sm_90a: nothing was launched then.
 struct AttentionForward;
 bool attention_tiled(const AttentionParams& p);
 Status attention_sm90_forward(const AttentionParams& p, const AttentionPlan& plan, const AttentionForward& f,
