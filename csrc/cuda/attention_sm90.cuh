@@ -12,7 +12,8 @@
 // tensor cores; 16384 exponentials at 16 a cycle, 1024 cycles; some 4 floating-point operations beside each, 512 cycles.
 // So at d = 64 exponentials and products take the same 1024 cycles and overlap is all; at d = 128 products take 2048
 // and bound it. Bytes: keys and values of a tile, 512 d, from L2 in 16 d cycles: 32 bytes a cycle, half of what a
-// multiprocessor can have. Width 256: 64 keys a step, since the output alone takes 128 registers; products bound it.
+// multiprocessor's port takes, but 7 TB/s over 132 of them, about all that L2 gives; multicast to pairs of blocks would
+// halve it. Width 256: 64 keys a step, since the output alone takes 128 registers; products bound it.
 // No figure: not yet measured on a GPU.
 // Source: Shah et al., "FlashAttention-3", arXiv 2407.08608.
 #pragma once
