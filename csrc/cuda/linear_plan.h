@@ -97,11 +97,12 @@ constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int
 }
 
 // float32 on tensor cores: in three products where TF32 is more than six times as fast as FMAs (8.0: 8 times, 9.0: 7,
-// 10.x: 14, by data sheets), in one, if that is allowed, wherever there is TF32 (twice as fast elsewhere, or as fast).
+// 10.x: 14, by data sheets) and K is long enough to matter (below, memory is the bound and FMAs err less), in one, if
+// that is allowed, wherever there is TF32 (twice as fast elsewhere, or as fast).
 constexpr LinearKernel float_kernel(const LinearProblem& p, int capability) {
   const bool fast = capability == 80 || capability == 90 || capability / 10 == 10;
   if (p.dtype != DType::Float32 || !p.a_unit || !p.b_unit || capability < 80) return LinearKernel::Simt;
-  return p.allow_tf32 ? LinearKernel::Tf32 : fast ? LinearKernel::Tf32x3 : LinearKernel::Simt;
+  return p.allow_tf32 ? LinearKernel::Tf32 : fast && p.K >= 32 ? LinearKernel::Tf32x3 : LinearKernel::Simt;
 }
 
 inline constexpr int64_t kMostPartialBytes = int64_t{32} << 20;

@@ -131,7 +131,8 @@ void check_plans() {
                        "thin: up to 64 rows of 16 bits along K");
                 expect(!(one || three) || (dtype == DType::Float32 && dense && capability >= 80 && one == tf32),
                        "TF32 in one product where it is allowed alone");
-                expect(!three || capability == 80 || capability == 90 || capability == 103, "three where that pays");
+                expect(!three || (K >= 32 && (capability == 80 || capability == 90 || capability == 103)),
+                       "three where that pays");
                 expect(plan.kernel == LinearKernel::Simt || capability >= 80 || dtype != DType::BFloat16,
                        "no bfloat16 on tensor cores before sm_80");
                 expect(plan.kernel != LinearKernel::Simt || plan.tile == 1 || dtype == DType::Float32,
