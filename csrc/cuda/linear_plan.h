@@ -69,30 +69,36 @@ struct LinearProblem {
 // Multiprocessor cycles that a plan is thought to take. A step of the main loop is bound by its multiply-adds or by the
 // bytes of its two tiles from L2 (48 a cycle); the smaller tile reads more shared memory for a multiply-add, which the
 // factor says. A tile takes some 1000 cycles to come, and a block has two steps on their way, up to four blocks being
-// there at once; Thin has enough on its way to be bound by memory, 16 bytes a cycle. A block costs its first loads and
-// its epilogue, a split the way of its sums through memory and one more launch. None of the constants was fitted: they
-// are ratios of data sheets.
+// there at once. Thin has four or more, two blocks being there, and enough in all to be bound by memory, of which the
+// chip has 16 bytes a cycle for each multiprocessor, whoever asks. A block costs its first loads and its epilogue, a
+// split the way of its sums through memory and one more launch. None of the constants was fitted: they are ratios of
+// data sheets.
 constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int multiprocessors) {
   const LinearTile t = linear_tile(plan.kernel, plan.tile);
   const bool wide = p.dtype == DType::Float64;
   const bool thin = plan.kernel == LinearKernel::Thin, wgmma = plan.kernel == LinearKernel::Wgmma;
-  const double peak = wgmma                                 ? 2048
-                      : thin                                ? 1024
-                      : plan.kernel == LinearKernel::Mma    ? 1024
-                      : plan.kernel == LinearKernel::Tf32   ? 512
-                      : plan.kernel == LinearKernel::Tf32x3 ? 512 / 3.0
-                      : wide                                ? 32
-                                                            : 128;
-  const double share = plan.tile == 0 ? 0.8 : wgmma ? 0.7 : 0.5, rate = peak * share;  // multiply-adds a cycle
+  const double peak = wgmma                                      ? 2048
+                      : thin || plan.kernel == LinearKernel::Mma ? 1024
+                      : plan.kernel == LinearKernel::Tf32        ? 512
+                      : plan.kernel == LinearKernel::Tf32x3      ? 512 / 3.0
+                      : wide                                     ? 32
+                                                                 : 128;
+  const double rate = peak * (plan.tile == 0 || thin ? 0.8 : wgmma ? 0.7 : 0.5);  // multiply-adds a cycle
   const double size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2;
   const double products = static_cast<double>(t.m) * t.n * t.k / rate, bytes = (t.m + t.n) * t.k * size / 48;
   const double steps = static_cast<double>(plan.k_per_split / t.k);
   const int64_t blocks = ceil_div(p.M, t.m) * ceil_div(p.N, t.n) * plan.splits;
   const double waves = static_cast<double>(ceil_div(blocks, multiprocessors));
-  const double waiting = thin ? t.n * t.k * size / 16 : 500 / (waves < 4 ? waves : 4);
   const double sums =
       plan.splits > 1 ? 4000 + 2.0 * plan.splits * p.M * p.N * (wide ? 8 : 4) / (24.0 * multiprocessors) : 0;
   const double busy = products > bytes ? products : bytes;
+  if (thin) {
+    const double memory = blocks * (t.n * t.k * size) / (16.0 * multiprocessors);
+    const double waiting = 250.0 * static_cast<double>(ceil_div(blocks, 2 * multiprocessors));
+    const double longest = waves * busy > waiting ? waves * busy : waiting;
+    return steps * (memory > longest ? memory : longest) + 2000 + sums;
+  }
+  const double waiting = 500 / (waves < 4 ? waves : 4);
   return waves * (steps * (busy > waiting ? busy : waiting) + 2000) + sums;
 }
 
