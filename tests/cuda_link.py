@@ -10,28 +10,35 @@ import torch.nn.functional as F
 KINDS = ("", "_train", "_backward")  # the operators of an op that run kernels; _pack is for the CPU alone
 
 
+def defined():
+    """The names of all operators."""
+    return set(torch._C._dispatch_get_all_op_names())
+
+
+def has_kernel(name, key):
+    """Whether there is an operator of that name, and it has a kernel under that dispatch key."""
+    return name in defined() and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
 def operators(op, has_kernel):
     """The operators of an op of ``_C.cuda_ops`` that run kernels: those with one for the CPU."""
     return [name for name in (f"fastnn::{op}{kind}" for kind in KINDS) if has_kernel(name, "CPU")]
 
 
 def mistakes(cuda_ops, defined, has_kernel):
-    """What is wrong with the dispatcher's table: ``has_kernel(operator, dispatch key)``."""
+    """What is wrong with the dispatcher's table: ``has_kernel(operator, dispatch key)``, false where there is none."""
     if not cuda_ops:
         return ["the extension says that no op has CUDA kernels: it was built without CUDA"]
 
-    def known(name, key):
-        return name in defined and has_kernel(name, key)
-
     found, promised = [], set()
     for op in cuda_ops:
-        names = operators(op, known)
+        names = operators(op, has_kernel)
         promised.update(names)
         if f"fastnn::{op}" not in names:
             found.append(f"fastnn::{op} has no CPU kernel")
-        found += [f"{name} has no CUDA kernel" for name in names if not known(name, "CUDA")]
+        found += [f"{name} has no CUDA kernel" for name in names if not has_kernel(name, "CUDA")]
     for name in sorted(name for name in defined if name.startswith("fastnn::") and name not in promised):
-        if known(name, "CUDA"):
+        if has_kernel(name, "CUDA"):
             found.append(f"{name} has a CUDA kernel, and cuda_ops does not say so")
     return found
 
@@ -89,9 +96,7 @@ def main():
 
     print(f"{_C.__file__}\ntorch {torch.__version__}, CUDA {torch.version.cuda}")
     assert torch.version.cuda is not None, "this torch is built without CUDA"
-    defined = set(torch._C._dispatch_get_all_op_names())
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    found = mistakes(_C.cuda_ops, defined, has_kernel)
+    found = mistakes(_C.cuda_ops, defined(), has_kernel)
     assert not found, "\n".join(found)
     print("registered:", ", ".join(name for op in _C.cuda_ops for name in operators(op, has_kernel)))
     check_info(_C.cuda_ops)

@@ -41,11 +41,11 @@ def test_what_is_missing_or_too_much_is_told():
 
 def test_this_build():
     """The table of the build at hand is told as it is."""
-    defined = set(torch._C._dispatch_get_all_op_names())
-    found = cuda_link.mistakes(_C.cuda_ops, defined, torch._C._dispatch_has_kernel_for_dispatch_key)
+    defined = cuda_link.defined()
+    found = cuda_link.mistakes(_C.cuda_ops, defined, cuda_link.has_kernel)
     assert bool(found) is not bool(_C.cuda_ops)
     names = [f"fastnn::linear{kind}" for kind in cuda_link.KINDS]
-    assert cuda_link.operators("linear", torch._C._dispatch_has_kernel_for_dispatch_key) == names
+    assert cuda_link.operators("linear", cuda_link.has_kernel) == names
     asked = cuda_link.mistakes(("linear",), defined, lambda name, key: key == "CPU")
     assert asked == [f"{name} has no CUDA kernel" for name in names]
     if _C.cuda_ops:
