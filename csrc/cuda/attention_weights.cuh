@@ -121,7 +121,7 @@ struct AttentionWeightsKernel {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) attention_weights_kernel(__grid_constant__ const AttentionWeights w) {
+__global__ void __launch_bounds__(256, 1) attention_weights_kernel(__grid_constant__ const AttentionWeights w) {
   AttentionWeightsKernel<T>::run(w);
 }
 

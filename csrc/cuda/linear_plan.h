@@ -108,7 +108,7 @@ constexpr double linear_cost(const LinearProblem& p, const LinearPlan& plan, int
 constexpr LinearKernel float_kernel(const LinearProblem& p, int capability) {
   const bool fast = capability == 80 || capability == 90 || capability / 10 == 10;
   if (p.dtype != DType::Float32 || !p.a_unit || !p.b_unit || capability < 80) return LinearKernel::Simt;
-  return p.allow_tf32 ? LinearKernel::Tf32 : fast && p.K >= 32 ? LinearKernel::Tf32x3 : LinearKernel::Simt;
+  return p.allow_tf32 ? LinearKernel::Tf32 : fast && p.K >= 64 ? LinearKernel::Tf32x3 : LinearKernel::Simt;
 }
 
 inline constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
