@@ -1,29 +1,22 @@
 // C[M, N] = f(A[M, K] · B[N, K]ᵀ + bias) in float32 on the TF32 tensor cores: in full precision as three products, or,
 // where the caller allows TF32, as one.
 //
-// Three products: a = high + low, high the nearest TF32 (11 bits), low = a - high exactly; a b = low high + high low +
-// high high, less low low, which is some 2^-23 of a b. Tensor cores cut their sums where they should round, which over
-// a long K adds up to an error that grows with K; so each step of eight along K starts from zero and is added to the
-// sums by FADD. In a model that cuts the addends of every four products, as chips were found to do, the root mean square
-// error is 0.3 to 0.65 of that of float FMAs in order for K from 128 to 32768 (normal and uniform operands), 0.9 to 1.2
-// of it at K = 32, and 2 at K = 8, where it is 2^-24 of the terms' size.
+// Three products: a = high + low, high the nearest TF32, low = a - high; a b = low high + high low + high high, less
+// some 2^-23 of a b. Tensor cores cut their sums where they should round, so each step of eight along K starts from zero
+// and is added to the sums by FADD. In a model that cuts the addends of every four products, as chips were found to do,
+// the root mean square error is 0.3 to 0.65 of that of FMAs in order for K from 128 to 32768, and 1 to 2 below 64.
 //
-// What three products cannot do, FMAs do: a block notes the smallest and the largest magnitudes of its operands. With
-// infinities, NaN, or magnitudes whose products could overflow, or with tiny ones whose low parts get lost where that
-// can be seen in a sum, it makes its tile again from the same ring of tiles by FMA. Slow, rare, always right.
+// What three products cannot do, FMAs do: with infinities, NaN, magnitudes whose products could overflow, or tiny ones
+// whose low parts get lost where a sum shows it, a block makes its tile again from the same ring. Slow, rare, right.
 //
-// A block makes a tile of 128x128 with 8 warps of 64x32, or of 64x64 with 4 warps of 32x32, in steps of 32 along K;
-// tiles come by cp.async through a ring of three stages (96 or 48 KiB). Operands with K dense go to registers by
-// ldmatrix, which moves pairs of 16-bit elements and so floats, others by loads of four bytes; both without bank
-// conflicts.
+// Tiles of 128x128 with 8 warps of 64x32, or of 64x64 with 4 of 32x32, in steps of 32 along K, by cp.async through three
+// stages (96 or 48 KiB). K dense: ldmatrix, which moves pairs of 16-bit elements and so floats; else loads of 4 bytes.
 //
 // Floor: 6 M N K FLOP at the TF32 rate (2 M N K where TF32 is allowed), or 4 (M K + N K + M N) bytes. A warp's step of
-// eight is 48 mma (16), 24 operands' splits of three instructions, 64 FADDs; at 1024 products a cycle and
-// multiprocessor (9.0) the tensor cores want 192 cycles for it and issuing takes some 220, where mma.sync is known to
-// reach 60 to 65% of that rate; at 512 (8.0) it is 384 to 220. Ceilings: 52 TFLOP/s on 8.0, some 100 on 9.0, where FMAs
-// have 19 and 67. No figure: not yet measured on a GPU.
-// Source: PTX ISA, fragments of m16n8k8; Ootomo and Yokota, Recovering single precision accuracy from Tensor Cores while
-// surpassing the FP32 theoretical peak performance, 2022.
+// eight is 48 mma (16), 24 splits of three instructions, 64 FADDs: on 9.0 192 cycles of tensor cores to some 220 of
+// issue, on 8.0 384 to 220. Ceilings: 52 TFLOP/s on 8.0, some 100 on 9.0, where FMAs have 19 and 67. No figure: not yet
+// measured on a GPU. Source: PTX ISA, fragments of m16n8k8; Ootomo and Yokota, Recovering single precision accuracy from
+// Tensor Cores while surpassing the FP32 theoretical peak performance, 2022.
 #pragma once
 
 #include "cuda/linear_epilogue.cuh"
