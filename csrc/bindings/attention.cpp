@@ -17,17 +17,15 @@ namespace {
 void run(const Tensor& query, const AttentionParams& p, const OptionalTensor& philox_seed) {
   if constexpr (kCuda)
     if (on_cuda(query))
-      return call_cuda(
-          "attention", query, [&] { return cuda::attention_forward_workspace(p); },
-          [&](auto... where) { return cuda::attention_forward(p, seed_of(philox_seed), where...); });
+      return call_cuda("attention", query,
+                       [&](auto... where) { return cuda::attention_forward(p, seed_of(philox_seed), where...); });
   cpu::attention_forward(p);
 }
 void run(const Tensor& query, const AttentionBackwardParams& p, const OptionalTensor& philox_seed) {
   if constexpr (kCuda)
     if (on_cuda(query))
-      return call_cuda(
-          "attention_backward", query, [&] { return cuda::attention_backward_workspace(p); },
-          [&](auto... where) { return cuda::attention_backward(p, seed_of(philox_seed), where...); });
+      return call_cuda("attention_backward", query,
+                       [&](auto... where) { return cuda::attention_backward(p, seed_of(philox_seed), where...); });
   cpu::attention_backward(p);
 }
 

@@ -21,9 +21,8 @@ using AttentionWeights = std::tuple<Tensor, Tensor, Tensor>;
 void run(const Tensor& query, const AttentionWeightsParams& p, const OptionalTensor& philox_seed) {
   if constexpr (kCuda)
     if (on_cuda(query))
-      return call_cuda(
-          "attention_weights", query, [] { return int64_t{0}; },
-          [&](auto, auto stream) { return cuda::attention_weights(p, seed_of(philox_seed), stream); });
+      return call_cuda("attention_weights", query,
+                       [&](auto, auto stream) { return cuda::attention_weights(p, seed_of(philox_seed), stream); });
   cpu::attention_weights(p);
 }
 

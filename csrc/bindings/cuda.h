@@ -26,18 +26,21 @@ inline bool served_on_cuda(const Tensor& t) {
 }
 inline bool served_on_cuda(const OptionalTensor& t) { return !t || !t->defined() || served_on_cuda(*t); }
 
-// run(workspace, stream), with as many bytes as workspace_bytes() says; both are asked on the device of `like`.
-template <class Bytes, class Run>
-void call_cuda(const char* op, const Tensor& like, const Bytes& workspace_bytes, const Run& run) {
+// run(workspace, stream), on the device of `like`.
+template <class Run>
+void call_cuda(const char* op, const Tensor& like, const Run& run) {
   const c10::DeviceGuard guard(like.device());
   const c10::Stream stream = c10::impl::VirtualGuardImpl(like.device().type()).getStream(like.device());
-  cuda::Workspace workspace;
-  workspace.bytes = workspace_bytes();
-  Tensor memory;  // handed back at the end: the allocator gives it to nothing but what this stream runs later
-  if (workspace.bytes > 0) {
-    memory = at::empty({workspace.bytes}, like.options().dtype(at::kByte));
-    workspace.data = memory.mutable_data_ptr();
-  }
+  struct Memory {
+    const Tensor& like;
+    Tensor given;  // handed back at the end: the allocator gives it to nothing but what this stream runs later
+  } memory = {like, {}};
+  const cuda::Workspace workspace = {[](void* caller, int64_t bytes) {
+                                       Memory& m = *static_cast<Memory*>(caller);
+                                       m.given = at::empty({bytes}, m.like.options().dtype(at::kByte));
+                                       return m.given.mutable_data_ptr();
+                                     },
+                                     &memory};
   const cuda::Status status = run(workspace, static_cast<cuda::Stream>(stream.native_handle()));
   TORCH_CHECK(status.ok(), "fastnn.", op, ": ", status.message);
 }

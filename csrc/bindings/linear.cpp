@@ -81,17 +81,13 @@ bool allow_tf32(const Tensor& input) {
 void run(const Tensor& input, const LinearForward& p) {
   if constexpr (kCuda)
     if (on_cuda(input))
-      return call_cuda(
-          "linear", input, [&] { return cuda::linear_forward_workspace(p); },
-          [&](auto... where) { return cuda::linear_forward(p, where...); });
+      return call_cuda("linear", input, [&](auto... where) { return cuda::linear_forward(p, where...); });
   cpu::linear_forward(p);
 }
 void run(const Tensor& input, const LinearBackward& p) {
   if constexpr (kCuda)
     if (on_cuda(input))
-      return call_cuda(
-          "linear_backward", input, [&] { return cuda::linear_backward_workspace(p); },
-          [&](auto... where) { return cuda::linear_backward(p, where...); });
+      return call_cuda("linear_backward", input, [&](auto... where) { return cuda::linear_backward(p, where...); });
   cpu::linear_backward(p);
 }
 

@@ -51,15 +51,10 @@ Status run(const AttentionParams& p, const AttentionPlan& plan, const AttentionF
 }
 
 // `told`: false where the plan's kernel wants tensor maps and there are none.
-Status forward(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed, Workspace workspace,
-               Stream stream, bool& told) {
-  if (p.heads == 0 || p.query_length == 0) return {};
-  AttentionForward f;
-  if (const char* reason = fill(p, plan, f)) return refused("attention", p, plan, reason);
-  f.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
-  if (workspace.bytes < attention_partial_bytes(attention_problem(p), plan.splits))
-    return refused("attention", p, plan, "a workspace that is too small");
-  f.partial = plan.splits > 1 ? workspace.data : nullptr;
+Status launch_planned(const AttentionParams& p, const AttentionPlan& plan, AttentionForward f,
+                      const Workspace& workspace, Stream stream, bool& told) {
+  fill_plan(plan, f);
+  f.partial = workspace(attention_partial_bytes(attention_problem(p), plan.splits));
   switch (p.dtype) {
     case DType::Float32: return run<float>(p, plan, f, stream, told);
     case DType::Float64: return run<double>(p, plan, f, stream, told);
@@ -68,6 +63,16 @@ Status forward(const AttentionParams& p, const AttentionPlan& plan, const int64_
   }
   return {};
 }
+
+// The plan of the current device; `tiled`: TMA may serve.
+AttentionPlan plan_of(const AttentionParams& p, const AttentionForward& f, bool tiled) {
+  const Device device = current_device();
+  AttentionProblem problem = attention_problem(p);
+  problem.tiled = tiled && device.capability == 90 && !problem.general && attention_tiled(p, f);
+  return attention_plan(problem, device.capability, device.multiprocessors, device.shared_bytes);
+}
+
+bool nothing_to_do(const AttentionParams& p) { return p.heads == 0 || p.query_length == 0; }
 
 }  // namespace
 
@@ -87,31 +92,27 @@ AttentionProblem attention_problem(const AttentionParams& p) {
 }
 
 AttentionPlan attention_forward_plan(const AttentionParams& p) {
-  const Device device = current_device();
-  AttentionProblem problem = attention_problem(p);
-  problem.tiled = device.capability == 90 && !problem.general && attention_tiled(p);
-  return attention_plan(problem, device.capability, device.multiprocessors, device.shared_bytes);
-}
-
-int64_t attention_forward_workspace(const AttentionParams& p) {
-  return attention_partial_bytes(attention_problem(p), attention_forward_plan(p).splits);
+  AttentionForward f;
+  return plan_of(p, f, fill(p, nullptr, f) == nullptr);
 }
 
 Status attention_forward_planned(const AttentionParams& p, const AttentionPlan& plan, const int64_t* philox_seed,
-                                 Workspace workspace, Stream stream) {
+                                 const Workspace& workspace, Stream stream) {
+  if (nothing_to_do(p)) return {};
+  AttentionForward f;
+  if (const char* reason = fill(p, philox_seed, f)) return refused("attention", p, plan, reason);
   bool told = true;
-  return forward(p, plan, philox_seed, workspace, stream, told);
+  return launch_planned(p, plan, f, workspace, stream, told);
 }
 
-Status attention_forward(const AttentionParams& p, const int64_t* philox_seed, Workspace workspace, Stream stream) {
+Status attention_forward(const AttentionParams& p, const int64_t* philox_seed, const Workspace& workspace,
+                         Stream stream) {
+  if (nothing_to_do(p)) return {};
+  AttentionForward f;
+  if (const char* reason = fill(p, philox_seed, f)) return refused("attention", p, {}, reason);
   bool told = true;
-  const Status status = forward(p, attention_forward_plan(p), philox_seed, workspace, stream, told);
-  if (told) return status;
-  // No tensor maps: without them, then, and in one split, since the workspace is that of the other plan.
-  const AttentionProblem problem = attention_problem(p);
-  const Device device = current_device();
-  const AttentionPlan plan = attention_plan(problem, device.capability, device.multiprocessors, device.shared_bytes);
-  return attention_forward_planned(p, attention_split(plan, problem, 1), philox_seed, workspace, stream);
+  const Status status = launch_planned(p, plan_of(p, f, true), f, workspace, stream, told);
+  return told ? status : launch_planned(p, plan_of(p, f, false), f, workspace, stream, told);
 }
 
 }  // namespace fastnn::cuda

@@ -102,12 +102,8 @@ Status run(const AttentionBackwardParams& g, int tile, const AttentionPlan& plan
 
 }  // namespace
 
-int64_t attention_backward_workspace(const AttentionBackwardParams& g) {
-  return g.forward.heads * g.forward.query_length * (g.forward.dtype == DType::Float64 ? 8 : 4);
-}
-
 Status attention_backward_planned(const AttentionBackwardParams& g, int tile, const int64_t* philox_seed,
-                                  Workspace workspace, Stream stream) {
+                                  const Workspace& workspace, Stream stream) {
   const AttentionParams& p = g.forward;
   const AttentionPlan plan = {AttentionKernel::Simt, 0, 1, 1, 1, 0};
   const Device device = current_device();
@@ -115,15 +111,12 @@ Status attention_backward_planned(const AttentionBackwardParams& g, int tile, co
                                                            device.capability, device.shared_bytes))
     return refused("attention_grad_mma_kernel", p, plan, "a tile that does not fit");
   AttentionBackward b = {};
-  if (const char* reason = fill(p, plan, b.forward)) return refused("attention_backward", p, plan, reason);
+  if (const char* reason = fill(p, philox_seed, b.forward)) return refused("attention_backward", p, plan, reason);
   const int64_t size = size_of(p.dtype);
   if (!fill_rows(b.grad_output, g.grad_output, p.value_dim > 1 ? g.grad_output.col_stride : 1, p.heads, p.query_length,
                  size))
     return refused("attention_backward", p, plan, "leading dimensions that six strides cannot tell");
-  if (workspace.bytes < attention_backward_workspace(g))
-    return refused("attention_backward", p, plan, "a workspace that is too small");
-  b.forward.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
-  b.grad_lse = g.grad_lse, b.delta = workspace.data;
+  b.grad_lse = g.grad_lse, b.delta = workspace(b.forward.rows_of_all * (p.dtype == DType::Float64 ? 8 : 4));
   b.grad_scale = p.head_dim == 0 ? 1.0 : p.scale;
   switch (p.dtype) {
     case DType::Float32: return run<float>(g, tile, plan, b, stream);
@@ -134,7 +127,7 @@ Status attention_backward_planned(const AttentionBackwardParams& g, int tile, co
   return {};
 }
 
-Status attention_backward(const AttentionBackwardParams& g, const int64_t* philox_seed, Workspace workspace,
+Status attention_backward(const AttentionBackwardParams& g, const int64_t* philox_seed, const Workspace& workspace,
                           Stream stream) {
   const AttentionParams& p = g.forward;
   const Device device = current_device();

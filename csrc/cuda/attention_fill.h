@@ -82,10 +82,10 @@ Status launch_labelled(const char* name, const AttentionParams& p, const Attenti
   });
 }
 
-// What the kernel reads; the reason where it cannot be said.
-inline const char* fill(const AttentionParams& p, const AttentionPlan& plan, AttentionForward& f) {
+// What a kernel reads, but for the plan; the reason where it cannot be said.
+inline const char* fill(const AttentionParams& p, const int64_t* philox_seed, AttentionForward& f) {
   const int64_t size = size_of(p.dtype), L = p.query_length, S = p.key_length;
-  if (std::max({L, S, p.head_dim, p.value_dim, L * plan.heads}) >= kMostPositions) return "a dimension above 2^30";
+  if (std::max({L, S, p.head_dim, p.value_dim}) >= kMostPositions) return "a dimension above 2^30";
   if (p.heads >= kMostPositions) return "more than 2^30 heads";
   f = {};
   const auto rows = [&](AttentionRows& to, const auto& x, int64_t col_stride, int64_t heads, int64_t positions) {
@@ -105,12 +105,9 @@ inline const char* fill(const AttentionParams& p, const AttentionPlan& plan, Att
   if (!told) return "leading dimensions that six strides cannot tell";
   f.query_length = static_cast<int>(L), f.key_length = static_cast<int>(S);
   f.head_dim = static_cast<int>(p.head_dim), f.value_dim = static_cast<int>(p.value_dim);
-  f.heads_of_item = plan.heads, f.group = static_cast<int>(group), f.rows = static_cast<int>(plan.heads * L);
-  const int tile_rows = attention_rows(plan.kernel, plan.tile);
-  f.row_tiles = (f.rows + tile_rows - 1) / tile_rows;
+  f.group = static_cast<int>(group);
   f.first_shift = static_cast<int>(std::clamp(p.first_shift, -L, S));
   f.last_shift = static_cast<int>(std::clamp(p.last_shift, -L - 1, S));
-  f.first_tile = static_cast<int>(plan.first_tile), f.tiles_per_split = static_cast<int>(plan.tiles_per_split);
   // As the CPU's kernels have it: where a factor is enough, the largest score is a bare product.
   const double log2e = kLog2E<double>;
   const bool more = needs_more_than_a_factor(p);
@@ -122,10 +119,18 @@ inline const char* fill(const AttentionParams& p, const AttentionPlan& plan, Att
   f.unseen = p.nan_unseen && S > 0 ? std::numeric_limits<double>::quiet_NaN() : 0.0;
   const double limit = p.dropout_p * 4294967296.0;
   f.drop_below = limit >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(limit);
-  f.philox_seed = p.philox_seed;
+  f.philox_seed = p.philox_seed, f.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
   f.lse = p.lse, f.maximum = p.maximum, f.sum = p.sum;
   f.rows_of_all = p.heads * L;
   return nullptr;
+}
+
+// And the plan.
+inline void fill_plan(const AttentionPlan& plan, AttentionForward& f) {
+  f.heads_of_item = plan.heads, f.rows = plan.heads * f.query_length;
+  const int tile_rows = attention_rows(plan.kernel, plan.tile);
+  f.row_tiles = (f.rows + tile_rows - 1) / tile_rows;
+  f.first_tile = static_cast<int>(plan.first_tile), f.tiles_per_split = static_cast<int>(plan.tiles_per_split);
 }
 
 }  // namespace fastnn::cuda

@@ -69,17 +69,11 @@ Status launch_tile(const AttentionParams& p, const AttentionPlan& plan, const At
 
 }  // namespace
 
-bool attention_tiled(const AttentionParams& p) {
-  if (p.dtype != DType::Float16 && p.dtype != DType::BFloat16) return false;
-  const auto told = [](const AttentionOperand& x, int64_t heads, int64_t positions, int64_t features) {
-    AttentionRows rows = {};
-    Tensor t;
-    return fill_rows(rows, x, features > 1 ? x.col_stride : 1, heads, positions, 2) &&
-           describe(rows, positions, features, t);
-  };
-  const int64_t shared = p.heads / std::max<int64_t>(p.group, 1);
-  return told(p.query, p.heads, p.query_length, p.head_dim) && told(p.key, shared, p.key_length, p.head_dim) &&
-         told(p.value, shared, p.key_length, p.value_dim);
+bool attention_tiled(const AttentionParams& p, const AttentionForward& f) {
+  Tensor t;
+  return (p.dtype == DType::Float16 || p.dtype == DType::BFloat16) &&
+         describe(f.query, p.query_length, p.head_dim, t) && describe(f.key, p.key_length, p.head_dim, t) &&
+         describe(f.value, p.key_length, p.value_dim, t);
 }
 
 Status attention_sm90_forward(const AttentionParams& p, const AttentionPlan& plan, const AttentionForward& f,

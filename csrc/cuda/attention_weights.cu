@@ -26,8 +26,7 @@ Status attention_weights(const AttentionWeightsParams& g, const int64_t* philox_
   AttentionWeights w = {};
   AttentionParams own = p;  // value and output are not looked at
   own.value = p.key, own.output = {nullptr, p.query.offset, 0};
-  if (const char* reason = fill(own, plan, w.forward)) return refused("attention_weights", p, plan, reason);
-  w.forward.philox_seed_at = reinterpret_cast<const uint64_t*>(philox_seed);
+  if (const char* reason = fill(own, philox_seed, w.forward)) return refused("attention_weights", p, plan, reason);
   w.weights = g.weights, w.averaged = static_cast<int>(g.averaged);
   if (w.averaged == 0) return {};
   switch (p.dtype) {

@@ -1,31 +1,16 @@
 // linear on CUDA, host side: the plan, the kernel that it names, the launch.
 #include <algorithm>
-#include <type_traits>
 
-#include "cuda/launch.cuh"
 #include "cuda/linear_backward.cuh"
+#include "cuda/linear_gemm.h"
 #include "cuda/linear_gemv.cuh"
 #include "cuda/linear_launch.h"
-#include "cuda/linear_simt.cuh"
 #include "cuda/linear_sm80.cuh"
-#include "cuda/linear_sm90.h"
 #include "cuda/linear_tf32.cuh"
 #include "cuda/linear_thin.cuh"
 
 namespace fastnn::cuda {
 namespace {
-
-// C[M, N] = f(A[M, K] · B[N, K]ᵀ + bias), element (m, k) of A at m * row + k * col.
-struct Gemm {
-  DType dtype;
-  int64_t M, N, K;
-  StridedMatrix a, b;
-  LinearEpilogue epilogue;
-  bool allow_tf32;
-};
-
-bool along_k(const StridedMatrix& x) { return x.col == 1 || x.cols <= 1; }
-bool along_rows(const StridedMatrix& x) { return x.row == 1 || x.rows <= 1; }
 
 LinearPlan plan_of(const Gemm& g) {
   const LinearProblem problem = {g.dtype,
@@ -37,7 +22,7 @@ LinearPlan plan_of(const Gemm& g) {
                                  along_k(g.a) && along_k(g.b),
                                  g.allow_tf32,
                                  along_k(g.a),
-                                 linear_tma_takes(g.a) && linear_tma_takes(g.b)};
+                                 tma_takes(g.a) && tma_takes(g.b)};
   const Device device = current_device();
   return linear_plan(problem, device.capability, device.multiprocessors);
 }
@@ -77,15 +62,11 @@ Status launch_mma(const Label& label, const Gemm& g, const LinearPlan& plan, Str
   constexpr LinearTile t = kMmaTiles[TILE];
   const LinearMma params = {row_matrix(g.a, 2), row_matrix(g.b, 2), g.K,       plan.k_per_split,
                             ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
-  const auto go = [&](auto a, auto b) {
+  return with_layouts(g, [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
     return launch(label, linear_mma_kernel<T, TILE, A, B>, grid_of(g, plan), t.threads,
                   LinearMmaKernel<T, TILE, A, B>::kSharedBytes, stream, params);
-  };
-  const std::true_type yes;
-  const std::false_type no;
-  if (along_k(g.a)) return along_k(g.b) ? go(yes, yes) : go(yes, no);
-  return along_k(g.b) ? go(no, yes) : go(no, no);
+  });
 }
 
 template <int TILE, bool THREE>
@@ -93,15 +74,11 @@ Status launch_tf32(const Label& label, const Gemm& g, const LinearPlan& plan, St
   constexpr LinearTile t = kTf32Tiles[TILE];
   const LinearMma params = {row_matrix(g.a, 4), row_matrix(g.b, 4), g.K,       plan.k_per_split,
                             ceil_div(g.M, t.m), ceil_div(g.N, t.n), g.epilogue};
-  const auto go = [&](auto a, auto b) {
+  return with_layouts(g, [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
     return launch(label, linear_tf32_kernel<TILE, A, B, THREE>, grid_of(g, plan), t.threads,
                   LinearTf32Kernel<TILE, A, B, THREE>::kSharedBytes, stream, params);
-  };
-  const std::true_type yes;
-  const std::false_type no;
-  if (along_k(g.a)) return along_k(g.b) ? go(yes, yes) : go(yes, no);
-  return along_k(g.b) ? go(no, yes) : go(no, no);
+  });
 }
 
 template <class T, int TILE>
@@ -156,7 +133,7 @@ Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
     case LinearKernel::Wgmma:
       if constexpr (sizeof(T) == 2) {
         Status status;
-        if (launch_linear_wgmma(label, {g.dtype, g.K, g.a, g.b, g.epilogue}, plan, stream, status)) return status;
+        if (launch_wgmma(label, g, plan, stream, status)) return status;
         return run<T>(g, {LinearKernel::Mma, 0, plan.splits, plan.k_per_split}, stream);  // splits stay as they are
       }
       return failed(label, cudaErrorInvalidValue, "no such kernel in this dtype");
@@ -188,13 +165,15 @@ Status run(const Gemm& g, const LinearPlan& plan, Stream stream) {
   return {};
 }
 
-Status gemm(Gemm g, const LinearPlan& plan, Workspace workspace, Stream stream) {
+int64_t partial_bytes(const Gemm& g, const LinearPlan& plan) {
+  return linear_partial_bytes(g.dtype, g.M, g.N, plan.splits);
+}
+
+// `partial`: partial_bytes for the sums of splits.
+Status gemm(Gemm g, const LinearPlan& plan, void* partial, Stream stream) {
   if (g.M == 0 || g.N == 0) return {};
-  const Label label = {"linear", {{"M", g.M}, {"N", g.N}, {"K", g.K}}};
-  const int64_t bytes = linear_partial_bytes(g.dtype, g.M, g.N, plan.splits);
-  if (workspace.bytes < bytes) return failed(label, cudaErrorInvalidValue, "a workspace that is too small");
   LinearEpilogue& e = g.epilogue;
-  e.partial = plan.splits > 1 ? workspace.data : nullptr;
+  e.partial = plan.splits > 1 ? partial : nullptr;
   const int64_t size = g.dtype == DType::Float64 ? 8 : g.dtype == DType::Float32 ? 4 : 2;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(e.output) | reinterpret_cast<uintptr_t>(e.preactivation);
   e.vector = addresses % 16 == 0 && g.N * size % 16 == 0;
@@ -223,15 +202,13 @@ Gemm forward_gemm(const LinearForward& p) {
 
 LinearPlan linear_forward_plan(const LinearForward& p) { return plan_of(forward_gemm(p)); }
 
-int64_t linear_forward_workspace(const LinearForward& p) {
-  return linear_partial_bytes(p.dtype, p.M, p.N, linear_forward_plan(p).splits);
+Status linear_forward_planned(const LinearForward& p, const LinearPlan& plan, const Workspace& workspace,
+                              Stream stream) {
+  const Gemm g = forward_gemm(p);
+  return gemm(g, plan, workspace(partial_bytes(g, plan)), stream);
 }
 
-Status linear_forward_planned(const LinearForward& p, const LinearPlan& plan, Workspace workspace, Stream stream) {
-  return gemm(forward_gemm(p), plan, workspace, stream);
-}
-
-Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream) {
+Status linear_forward(const LinearForward& p, const Workspace& workspace, Stream stream) {
   return linear_forward_planned(p, linear_forward_plan(p), workspace, stream);
 }
 
@@ -247,8 +224,8 @@ struct BackwardPlan {
   int64_t grad_bytes, sums_bytes, partial_bytes;  // of the workspace, in this order
 };
 
-// g W and gᵀ X, where g lies at `grad` in the workspace or is grad_output itself.
-BackwardPlan backward_plan(const LinearBackward& p, void* grad) {
+// g W and gᵀ X, where g is grad_output itself or, if it is derived, still to get an address.
+BackwardPlan backward_plan(const LinearBackward& p) {
   BackwardPlan b = {};
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
   const int64_t size = p.dtype == DType::Float64 ? 8 : p.dtype == DType::Float32 ? 4 : 2, sum = size == 8 ? 8 : 4;
@@ -257,7 +234,7 @@ BackwardPlan backward_plan(const LinearBackward& p, void* grad) {
   b.run = ceil_div(ceil_div(p.M, 256), 64) * 64, b.runs = p.M == 0 ? 0 : ceil_div(p.M, b.run);
   b.grad_bytes = b.derived ? aligned(p.M * p.N * size) : 0;
   b.sums_bytes = p.grad_bias ? aligned(b.runs * p.N * sum) : 0;
-  const void* const g = b.derived ? grad : p.grad_output;
+  const void* const g = b.derived ? nullptr : p.grad_output;
   const int64_t row = b.derived ? p.N : p.grad_row, col = b.derived ? 1 : p.grad_col;
   const auto product = [&](int64_t M, int64_t N, int64_t K, StridedMatrix a, StridedMatrix other, void* output) {
     const LinearEpilogue epilogue = {output, nullptr, nullptr, nullptr, M, N, Activation::None, false};
@@ -266,7 +243,7 @@ BackwardPlan backward_plan(const LinearBackward& p, void* grad) {
   const auto plan = [&](const Gemm& gemm, LinearPlan& chosen) {
     if (!gemm.epilogue.output) return;
     chosen = plan_of(gemm);
-    b.partial_bytes = std::max(b.partial_bytes, linear_partial_bytes(p.dtype, gemm.M, gemm.N, chosen.splits));
+    b.partial_bytes = std::max(b.partial_bytes, partial_bytes(gemm, chosen));
   };
   b.input =
       product(p.M, p.K, p.N, {g, row, col, p.M, p.N}, {p.weight, p.weight_col, p.weight_row, p.K, p.N}, p.grad_input);
@@ -300,21 +277,14 @@ Status launch_grad(const LinearBackward& p, const BackwardPlan& b, void* grad, v
 
 }  // namespace
 
-int64_t linear_backward_workspace(const LinearBackward& p) {
-  const BackwardPlan b = backward_plan(p, nullptr);
-  return b.grad_bytes + b.sums_bytes + b.partial_bytes;
-}
-
-Status linear_backward(const LinearBackward& p, Workspace workspace, Stream stream) {
-  const BackwardPlan b = backward_plan(p, workspace.data);
-  if (workspace.bytes < b.grad_bytes + b.sums_bytes + b.partial_bytes)
-    return failed({"linear_backward", {{"M", p.M}, {"N", p.N}, {"K", p.K}}}, cudaErrorInvalidValue,
-                  "a workspace that is too small");
-  char* const memory = static_cast<char*>(workspace.data);
+Status linear_backward(const LinearBackward& p, const Workspace& workspace, Stream stream) {
+  BackwardPlan b = backward_plan(p);
+  char* const memory = static_cast<char*>(workspace(b.grad_bytes + b.sums_bytes + b.partial_bytes));
   void* const grad = b.derived ? memory : nullptr;
   void* const sums = p.grad_bias ? memory + b.grad_bytes : nullptr;
-  const Workspace partial = {memory + b.grad_bytes + b.sums_bytes, b.partial_bytes};
-  if (grad || sums) {
+  void* const partial = memory + b.grad_bytes + b.sums_bytes;
+  if (b.derived) b.input.a.data = b.weight.a.data = grad;
+  if (b.derived || p.grad_bias) {  // of no rows at all, the bias gradient is zero
     const Status status =
         with_storage(p.dtype, [&](auto t) { return launch_grad<decltype(t)>(p, b, grad, sums, stream); });
     if (!status.ok()) return status;

@@ -2,14 +2,11 @@
 #include "cuda/linear_sm90.cuh"
 
 #include <algorithm>
-#include <type_traits>
 
-#include "cuda/linear_sm90.h"
+#include "cuda/linear_gemm.h"
 
 namespace fastnn::cuda {
 namespace {
-
-bool along_k(const StridedMatrix& x) { return x.col == 1 || x.cols <= 1; }
 
 // `side` elements of M or N in a tile.
 bool encode(TensorMap& map, DType dtype, const StridedMatrix& x, int side) {
@@ -21,41 +18,33 @@ bool encode(TensorMap& map, DType dtype, const StridedMatrix& x, int side) {
 }
 
 template <class T, int TILE>
-bool launch_tile(const Label& label, const LinearWgmmaCall& call, const LinearPlan& plan, Stream stream,
-                 Status& status) {
+bool launch_tile(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream, Status& status) {
   constexpr LinearTile t = kWgmmaTiles[TILE];
-  const LinearEpilogue& e = call.epilogue;
   LinearWgmma params = {};
-  if (!encode(params.a, call.dtype, call.a, t.m) || !encode(params.b, call.dtype, call.b, t.n)) return false;
-  params.K = call.K, params.k_per_split = plan.k_per_split;
-  params.tiles_m = ceil_div(e.M, t.m), params.tiles_n = ceil_div(e.N, t.n);
+  if (!encode(params.a, g.dtype, g.a, t.m) || !encode(params.b, g.dtype, g.b, t.n)) return false;
+  params.K = g.K, params.k_per_split = plan.k_per_split;
+  params.tiles_m = ceil_div(g.M, t.m), params.tiles_n = ceil_div(g.N, t.n);
   params.work = params.tiles_m * params.tiles_n * plan.splits;
-  params.epilogue = e;
+  params.epilogue = g.epilogue;
   const int64_t blocks = std::min<int64_t>(params.work, current_device().multiprocessors);
-  const auto go = [&](auto a, auto b) {
+  return with_layouts(g, [&](auto a, auto b) {
     constexpr bool A = decltype(a)::value, B = decltype(b)::value;
-    const bool there = has_body(linear_wgmma_kernel<T, TILE, A, B>);
-    if (!there) return false;
+    if (!has_body(linear_wgmma_kernel<T, TILE, A, B>)) return false;
     status = launch(label, linear_wgmma_kernel<T, TILE, A, B>, dim3(static_cast<unsigned>(blocks)), t.threads,
                     LinearWgmmaKernel<T, TILE, A, B>::kSharedBytes, stream, params);
     return true;
-  };
-  const std::true_type yes;
-  const std::false_type no;
-  if (along_k(call.a)) return along_k(call.b) ? go(yes, yes) : go(yes, no);
-  return along_k(call.b) ? go(no, yes) : go(no, no);
+  });
 }
 
 }  // namespace
 
-bool launch_linear_wgmma(const Label& label, const LinearWgmmaCall& call, const LinearPlan& plan, Stream stream,
-                         Status& status) {
-  if (!linear_tma_takes(call.a) || !linear_tma_takes(call.b)) return false;
-  if (call.dtype == DType::Float16)
-    return plan.tile == 0 ? launch_tile<Float16, 0>(label, call, plan, stream, status)
-                          : launch_tile<Float16, 1>(label, call, plan, stream, status);
-  return plan.tile == 0 ? launch_tile<BFloat16, 0>(label, call, plan, stream, status)
-                        : launch_tile<BFloat16, 1>(label, call, plan, stream, status);
+bool launch_wgmma(const Label& label, const Gemm& g, const LinearPlan& plan, Stream stream, Status& status) {
+  if (!tma_takes(g.a) || !tma_takes(g.b)) return false;
+  if (g.dtype == DType::Float16)
+    return plan.tile == 0 ? launch_tile<Float16, 0>(label, g, plan, stream, status)
+                          : launch_tile<Float16, 1>(label, g, plan, stream, status);
+  return plan.tile == 0 ? launch_tile<BFloat16, 0>(label, g, plan, stream, status)
+                        : launch_tile<BFloat16, 1>(label, g, plan, stream, status);
 }
 
 }  // namespace fastnn::cuda

@@ -22,17 +22,7 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
   const Operand<T> grad_query({c.batch, c.heads, c.L, c.D}, c.output, nullptr);
   const Operand<T> grad_key({c.batch, kv, c.S, c.D}, c.output, nullptr);
   const Operand<T> grad_value({c.batch, kv, c.S, c.V}, c.output, nullptr);
-  const auto kept = [&](int bit, int64_t n) { return c.mask_broadcast >> bit & 1 ? std::min<int64_t>(n, 1) : n; };
-  Operand<M> mask({kept(0, c.batch), kept(1, c.heads), kept(2, c.L), kept(3, c.S)}, {c.mask_order, 0, c.mask_shift},
-                  c.mask == AttentionMask::None ? nullptr : draw_mask);
-  std::vector<int64_t> mask_at;
-  for (int64_t h = 0; h < heads; ++h) {
-    const int64_t b = c.mask_broadcast & 1 ? 0 : h / c.heads, own = c.mask_broadcast & 2 ? 0 : h % c.heads;
-    mask_at.push_back(b * mask.stride[0] + own * mask.stride[1]);
-  }
-  if (c.mask_broadcast & 4) mask.stride[2] = 0;
-  if (c.mask_broadcast & 8) mask.stride[3] = 0;
-  mask.offset = mask_at;
+  const Operand<M> mask = mask_of<M>(c, draw_mask);
   Buffer<C> lse(heads * c.L), grad_lse(heads * c.L);
   const std::array<int64_t, 4> n = mask.size;
   Buffer<C> grad_mask(n[0] * n[1] * n[2] * n[3]);
@@ -42,15 +32,8 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
     mask_index.push_back((n[0] == 1 ? 0 : h / c.heads * n[1]) + (n[1] == 1 ? 0 : h % c.heads));
 
   AttentionBackwardParams b = {};
-  AttentionParams& p = b.forward;
-  p.dtype = dtype_of<T>, p.heads = heads, p.group = c.group;
-  p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = c.V;
-  p.query = query.operand(), p.key = key.operand(), p.value = value.operand(), p.output = output.result();
-  p.mask_type = c.mask;
-  if (c.mask != AttentionMask::None) p.mask = mask.operand();
-  p.scale = c.scale, p.softcap = c.softcap, p.dropout_p = c.dropout;
-  p.philox_seed = 0x123456789abcdef0u + cases;
-  p.first_shift = c.first, p.last_shift = c.last, p.lse = lse.data.get();
+  AttentionParams& p = b.forward = params_of(c, query, key, value, output, mask);
+  p.lse = lse.data.get();
   b.grad_output = grad.operand();
   b.grad_lse = c.sums ? grad_lse.data.get() : nullptr;
   b.grad_query = grad_query.result(), b.grad_key = grad_key.result(), b.grad_value = grad_value.result();
@@ -132,14 +115,11 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
       }
     }
 
-  Buffer<char> workspace(attention_backward_workspace(b));
-  std::fill_n(workspace.data.get(), workspace.size, '\xff');
   const int64_t on_device = static_cast<int64_t>(p.philox_seed);
   if (c.seed_on_device) p.philox_seed = 1;
-  const Workspace memory = {workspace.data.get(), workspace.size};
   const int64_t* const seed = c.seed_on_device ? &on_device : nullptr;
-  const Status status = c.planned ? attention_backward(b, seed, memory, nullptr)
-                                  : attention_backward_planned(b, tile_of(c), seed, memory, nullptr);
+  const Status status = c.planned ? attention_backward(b, seed, Memory(), nullptr)
+                                  : attention_backward_planned(b, tile_of(c), seed, Memory(), nullptr);
   const auto complain = [&](const std::string& what) {
     if (++failures <= 20)
       std::printf("FAILED %s: dtype %d %s\n", what.c_str(), static_cast<int>(p.dtype), c.text().c_str());
@@ -167,11 +147,7 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
 
 template <class T>
 void check(const Case& c) {
-  switch (c.mask) {
-    case AttentionMask::Bool: return check_with_mask<T, uint8_t>(c, bool_draw);
-    case AttentionMask::Float32: return check_with_mask<T, float>(c, mask_draw);
-    default: return check_with_mask<T, T>(c, mask_draw);
-  }
+  with_mask_type<T>(c, [&](auto element, auto draw) { check_with_mask<T, decltype(element)>(c, draw); });
 }
 
 template <class T>
@@ -285,9 +261,7 @@ void check_exact(const Case& c) {
         }
       }
     }
-  Buffer<char> workspace(attention_backward_workspace(b));
-  const Status status =
-      attention_backward_planned(b, tile_of(c), nullptr, {workspace.data.get(), workspace.size}, nullptr);
+  const Status status = attention_backward_planned(b, tile_of(c), nullptr, Memory(), nullptr);
   const auto compare = [&](const char* name, const Operand<T>& got, const std::vector<double>& want, int64_t rows,
                            int64_t cols) {
     for (int64_t i = 0; i < static_cast<int64_t>(want.size()); ++i) {

@@ -97,6 +97,48 @@ struct Case {
 inline double mask_draw() { return chance(20) ? -INFINITY : normal(); }
 inline double bool_draw() { return chance(70); }
 
+// The mask of a case, its offsets those of all heads; where it is broadcast it has strides of 0.
+template <class M>
+Operand<M> mask_of(const Case& c, double (*draw)()) {
+  const auto kept = [&](int bit, int64_t n) { return c.mask_broadcast >> bit & 1 ? std::min<int64_t>(n, 1) : n; };
+  Operand<M> mask({kept(0, c.batch), kept(1, c.heads), kept(2, c.L), kept(3, c.S)}, {c.mask_order, 0, c.mask_shift},
+                  c.mask == AttentionMask::None ? nullptr : draw);
+  std::vector<int64_t> offset;
+  for (int64_t h = 0; h < c.batch * c.heads; ++h) {
+    const int64_t b = c.mask_broadcast & 1 ? 0 : h / c.heads, own = c.mask_broadcast & 2 ? 0 : h % c.heads;
+    offset.push_back(b * mask.stride[0] + own * mask.stride[1]);
+  }
+  if (c.mask_broadcast & 4) mask.stride[2] = 0;
+  if (c.mask_broadcast & 8) mask.stride[3] = 0;
+  mask.offset = offset;
+  return mask;
+}
+// f(an element of the mask, what draws it)
+template <class T, class F>
+void with_mask_type(const Case& c, const F& f) {
+  switch (c.mask) {
+    case AttentionMask::Bool: return f(uint8_t{}, bool_draw);
+    case AttentionMask::Float32: return f(float{}, mask_draw);
+    default: return f(T{}, mask_draw);
+  }
+}
+
+// All that the case says, but for where results other than the output go.
+template <class T, class M>
+AttentionParams params_of(const Case& c, const Operand<T>& query, const Operand<T>& key, const Operand<T>& value,
+                          const Operand<T>& output, const Operand<M>& mask) {
+  AttentionParams p = {};
+  p.dtype = dtype_of<T>, p.heads = c.batch * c.heads, p.group = c.group;
+  p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = value.size[3];
+  p.query = query.operand(), p.key = key.operand(), p.value = value.operand(), p.output = output.result();
+  p.mask_type = c.mask;
+  if (c.mask != AttentionMask::None) p.mask = mask.operand();
+  p.scale = c.scale, p.softcap = c.softcap, p.dropout_p = c.dropout;
+  p.philox_seed = 0x123456789abcdef0u + cases;
+  p.first_shift = c.first, p.last_shift = c.last, p.nan_unseen = c.nan_unseen;
+  return p;
+}
+
 inline Placed random_placed() {
   if (chance(40)) return {};
   return {pick({HeadsFirst, PositionsFirst, PositionsFirst, Apart, Transposed}), pick({0, 0, 1, 2, 4, 8}),

@@ -16,29 +16,11 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
   const Operand<T> query({c.batch, c.heads, c.L, c.D}, c.query, normal), key({c.batch, kv, c.S, c.D}, c.key, normal);
   const Operand<T> value({c.batch, kv, c.S, c.V}, c.value, normal);
   const Operand<T> output({c.batch, c.heads, c.L, c.V}, c.output, nullptr);
-  const auto kept = [&](int bit, int64_t n) { return c.mask_broadcast >> bit & 1 ? std::min<int64_t>(n, 1) : n; };
-  Operand<M> mask({kept(0, c.batch), kept(1, c.heads), kept(2, c.L), kept(3, c.S)}, {c.mask_order, 0, c.mask_shift},
-                  c.mask == AttentionMask::None ? nullptr : draw_mask);
-  std::vector<int64_t> mask_at;
-  for (int64_t h = 0; h < heads; ++h) {
-    const int64_t b = c.mask_broadcast & 1 ? 0 : h / c.heads, own = c.mask_broadcast & 2 ? 0 : h % c.heads;
-    mask_at.push_back(b * mask.stride[0] + own * mask.stride[1]);
-  }
-  if (c.mask_broadcast & 4) mask.stride[2] = 0;
-  if (c.mask_broadcast & 8) mask.stride[3] = 0;
-  mask.offset = mask_at;
+  const Operand<M> mask = mask_of<M>(c, draw_mask);
   Buffer<C> lse(heads * c.L), tops(heads * c.L), sums(heads * c.L);
   std::fill_n(lse.data.get(), lse.size, C(77));
 
-  AttentionParams p = {};
-  p.dtype = dtype_of<T>, p.heads = heads, p.group = c.group;
-  p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = c.V;
-  p.query = query.operand(), p.key = key.operand(), p.value = value.operand(), p.output = output.result();
-  p.mask_type = c.mask;
-  if (c.mask != AttentionMask::None) p.mask = mask.operand();
-  p.scale = c.scale, p.softcap = c.softcap, p.dropout_p = c.dropout;
-  p.philox_seed = 0x123456789abcdef0u + cases;
-  p.first_shift = c.first, p.last_shift = c.last, p.nan_unseen = c.nan_unseen;
+  AttentionParams p = params_of(c, query, key, value, output, mask);
   p.lse = lse.data.get();
   if (c.sums) p.maximum = tops.data.get(), p.sum = sums.data.get();
   const auto complain = [&](const std::string& what) {
@@ -49,17 +31,13 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
   const AttentionProblem problem = attention_problem(p);
   const int64_t together = c.packed ? c.group : 1;
   const AttentionPlan plan =
-      c.planned ? attention_forward_plan(p)
-                : attention_split({c.kernel, c.tile, static_cast<int>(together), 1, 1, 0}, problem, c.splits);
-  Buffer<char> workspace(c.planned ? attention_forward_workspace(p) : attention_partial_bytes(problem, plan.splits));
-  std::fill_n(workspace.data.get(), workspace.size, '\xff');
+      attention_split({c.kernel, c.tile, static_cast<int>(together), 1, 1, 0}, problem, c.splits);
   const int64_t on_device = static_cast<int64_t>(p.philox_seed);
   AttentionParams given = p;
   if (c.seed_on_device) given.philox_seed = 1;
   const int64_t* const seed = c.seed_on_device ? &on_device : nullptr;
-  const Workspace memory = {workspace.data.get(), workspace.size};
-  const Status status = c.planned ? attention_forward(given, seed, memory, nullptr)
-                                  : attention_forward_planned(given, plan, seed, memory, nullptr);
+  const Status status = c.planned ? attention_forward(given, seed, Memory(), nullptr)
+                                  : attention_forward_planned(given, plan, seed, Memory(), nullptr);
   if (!status.ok()) return complain(status.message);
 
   const double unit = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24, rounding = sizeof(T) == 2 ? epsilon<T> : 0;
@@ -131,11 +109,7 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
 
 template <class T>
 void check(const Case& c) {
-  switch (c.mask) {
-    case AttentionMask::Bool: return check_with_mask<T, uint8_t>(c, bool_draw);
-    case AttentionMask::Float32: return check_with_mask<T, float>(c, mask_draw);
-    default: return check_with_mask<T, T>(c, mask_draw);
-  }
+  with_mask_type<T>(c, [&](auto element, auto draw) { check_with_mask<T, decltype(element)>(c, draw); });
 }
 
 // ---- cases ----------------------------------------------------------------------------------------------------------
@@ -262,13 +236,8 @@ void check_tiled() {
       return Operand<Float16>({c.batch, heads, L, D}, placed, normal);
     };
     const auto query = of(c.query, c.heads, c.L, c.D), key = of(c.key, c.heads, c.S, c.D),
-               value = of(c.value, c.heads, c.S, c.V);
-    AttentionParams p = {};
-    p.dtype = DType::Float16, p.heads = c.batch * c.heads, p.group = 1;
-    p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = c.V;
-    p.query = query.operand(), p.key = key.operand(), p.value = value.operand();
-    p.scale = c.scale, p.softcap = c.softcap;
-    p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
+               value = of(c.value, c.heads, c.S, c.V), output = of(c.output, c.heads, c.L, c.V);
+    const AttentionParams p = params_of(c, query, key, value, output, mask_of<Float16>(c, mask_draw));
     ++cases;
     const AttentionKernel kernel = attention_forward_plan(p).kernel;
     if ((kernel == AttentionKernel::Wgmma) != tiled)
@@ -329,7 +298,7 @@ void check_tiled_heads() {
     p.output = {output.data(), out.data(), 8};
     p.scale = 1, p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
     ++cases;
-    const Status status = attention_forward(p, nullptr, {}, nullptr);
+    const Status status = attention_forward(p, nullptr, Memory(), nullptr);
     bool right = status.ok() && (attention_forward_plan(p).kernel == AttentionKernel::Wgmma) == tiled;
     for (int64_t i = 0; i < heads * L * 8; ++i)  // one key: its value
       right &= to_double(output[i]) == to_double(data[at[i / (L * 8)] + i % 8]);
@@ -337,8 +306,7 @@ void check_tiled_heads() {
   }
 }
 
-// Without a driver that encodes tensor maps, or without sm_90a in the build: the kernel that needs neither, in the other
-// plan's workspace.
+// Without a driver that encodes tensor maps, or without sm_90a in the build: the kernel that needs neither.
 void check_falls_back() {
   host::machine.multiprocessors = 20;
   for (const int missing : {0, 1, 2}) {
@@ -391,19 +359,15 @@ void check_errors() {
   p.head_dim = p.value_dim = 1;
   p.query = p.key = p.value = {memory, at.data(), 0, 1}, p.output = {memory, at.data(), 1};
   p.scale = 1, p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
-  const AttentionPlan split = attention_split({AttentionKernel::Simt, 1, 1, 1, 1, 0}, attention_problem(p), 2);
-  expect_message(
-      attention_forward_planned(p, split, nullptr, {}, nullptr),
-      "attention heads=1 group=1 queries=1 keys=1000 head_dim=1 value_dim=1 bytes=4 tile=1 splits=2: a workspace "
-      "that is too small");
-  expect_message(attention_forward_planned(p, {AttentionKernel::Mma, 0, 1, 1, 1000, 0}, nullptr, {}, nullptr),
-                 "a tile that does not fit");
+  expect_message(attention_forward_planned(p, {AttentionKernel::Mma, 0, 1, 1, 1000, 0}, nullptr, Memory(), nullptr),
+                 "attention_mma_kernel heads=1 group=1 queries=1 keys=1000 head_dim=1 value_dim=1 bytes=4 tile=0 "
+                 "splits=1: a tile that does not fit");
   p.heads = 7, p.key_length = 3;
   const int64_t odd[] = {0, 1, 3, 4, 8, 9, 27};
   p.query.offset = odd;
-  expect_message(attention_forward(p, nullptr, {}, nullptr), "leading dimensions that six strides cannot tell");
+  expect_message(attention_forward(p, nullptr, Memory(), nullptr), "leading dimensions that six strides cannot tell");
   p.query.offset = at.data(), p.key_length = int64_t{1} << 31;
-  expect_message(attention_forward(p, nullptr, {}, nullptr), "a dimension above 2^30");
+  expect_message(attention_forward(p, nullptr, Memory(), nullptr), "a dimension above 2^30");
 }
 
 // Leading dimensions of any number and broadcast, told by the list alone.
@@ -434,7 +398,7 @@ void check_leading() {
     p.output = {output.data(), out.data(), 1};
     p.scale = 1, p.first_shift = -kAttentionNoLimit, p.last_shift = kAttentionNoLimit;
     ++cases;
-    const Status status = attention_forward(p, nullptr, {}, nullptr);
+    const Status status = attention_forward(p, nullptr, Memory(), nullptr);
     bool right = status.ok();
     for (int64_t h = 0; h < heads; ++h) right &= output[h] == values[at[h]];  // one key: its value
     if (!right) ++failures, std::printf("FAILED leading dimensions: %s\n", status.message);

@@ -14,38 +14,19 @@ void check_with_mask(const Case& c, int averaged, double (*draw_mask)()) {
   const int64_t heads = c.batch * c.heads, kv = c.heads / c.group, results = heads / averaged;
   const Operand<T> query({c.batch, c.heads, c.L, c.D}, c.query, normal), key({c.batch, kv, c.S, c.D}, c.key, normal);
   const Operand<T> value({c.batch, kv, c.S, 1}, c.value, normal), output({c.batch, c.heads, c.L, 1}, {}, nullptr);
-  const auto kept = [&](int bit, int64_t n) { return c.mask_broadcast >> bit & 1 ? std::min<int64_t>(n, 1) : n; };
-  Operand<M> mask({kept(0, c.batch), kept(1, c.heads), kept(2, c.L), kept(3, c.S)}, {c.mask_order, 0, c.mask_shift},
-                  c.mask == AttentionMask::None ? nullptr : draw_mask);
-  std::vector<int64_t> mask_at;
-  for (int64_t h = 0; h < heads; ++h) {
-    const int64_t b = c.mask_broadcast & 1 ? 0 : h / c.heads, own = c.mask_broadcast & 2 ? 0 : h % c.heads;
-    mask_at.push_back(b * mask.stride[0] + own * mask.stride[1]);
-  }
-  if (c.mask_broadcast & 4) mask.stride[2] = 0;
-  if (c.mask_broadcast & 8) mask.stride[3] = 0;
-  mask.offset = mask_at;
+  const Operand<M> mask = mask_of<M>(c, draw_mask);
   Buffer<C> maximum(heads * c.L), sum(heads * c.L);
   Buffer<T> weights(results * c.L * c.S);
   for (int64_t i = 0; i < weights.size; ++i) weights.data[i] = from_double<T>(7);
 
-  AttentionParams p = {};
-  p.dtype = dtype_of<T>, p.heads = heads, p.group = c.group;
-  p.query_length = c.L, p.key_length = c.S, p.head_dim = c.D, p.value_dim = 1;
-  p.query = query.operand(), p.key = key.operand(), p.value = value.operand(), p.output = output.result();
-  p.mask_type = c.mask;
-  if (c.mask != AttentionMask::None) p.mask = mask.operand();
-  p.scale = c.scale, p.softcap = c.softcap, p.dropout_p = c.dropout;
-  p.philox_seed = 0x123456789abcdef0u + cases;
-  p.first_shift = c.first, p.last_shift = c.last;
-  p.nan_unseen = c.nan_unseen, p.maximum = maximum.data.get(), p.sum = sum.data.get();
+  AttentionParams p = params_of(c, query, key, value, output, mask);
+  p.maximum = maximum.data.get(), p.sum = sum.data.get();
   const auto complain = [&](const std::string& what) {
     if (++failures <= 20)
       std::printf("FAILED %s: dtype %d averaged %d %s\n", what.c_str(), static_cast<int>(p.dtype), averaged,
                   c.text().c_str());
   };
-  Buffer<char> workspace(attention_forward_workspace(p));
-  Status status = attention_forward(p, nullptr, {workspace.data.get(), workspace.size}, nullptr);
+  Status status = attention_forward(p, nullptr, Memory(), nullptr);
   AttentionParams seeded = p;
   const int64_t on_device = static_cast<int64_t>(p.philox_seed);
   if (c.seed_on_device) seeded.philox_seed = 1;
@@ -96,11 +77,7 @@ void check_with_mask(const Case& c, int averaged, double (*draw_mask)()) {
 
 template <class T>
 void check(const Case& c, int averaged) {
-  switch (c.mask) {
-    case AttentionMask::Bool: return check_with_mask<T, uint8_t>(c, averaged, bool_draw);
-    case AttentionMask::Float32: return check_with_mask<T, float>(c, averaged, mask_draw);
-    default: return check_with_mask<T, T>(c, averaged, mask_draw);
-  }
+  with_mask_type<T>(c, [&](auto element, auto draw) { check_with_mask<T, decltype(element)>(c, averaged, draw); });
 }
 
 template <class T>

@@ -10,78 +10,13 @@
 #include <string>
 #include <vector>
 
-#include "cuda/linear_launch.h"
 #include "cuda/ptx.cuh"
-#include "cuda_runtime.h"
-#include "problem.h"
+#include "linear_problem.h"
 
 using namespace fastnn;
 using namespace fastnn::cuda;
 
 namespace {
-
-int failures = 0, cases = 0, every = 1;  // of the cases, each `every`th is run
-
-struct Case {
-  LinearKernel kernel;
-  int tile, splits;
-  int64_t M, N, K;
-  Layout a = Rows, b = Rows;
-  int gap = 0, shift = 0;
-  Activation activation = Activation::None;
-  bool bias = true, preactivation = false;
-};
-
-template <class T>
-void check(const Case& c) {
-  if (++cases % every) return;
-  host::machine.order = static_cast<host::Machine::Order>(cases / every % 3);
-  const bool exact = c.activation == Activation::None;
-  double (*const draw)() = exact ? small_integer : normal;
-  const Matrix<T> x(c.M, c.K, c.a, c.gap, c.shift, draw), w(c.N, c.K, c.b, c.gap, c.shift, draw);
-  const Matrix<T> bias(1, c.N, Rows, 0, 0, draw);
-  Buffer<T> output(c.M * c.N), before(c.M * c.N);
-  for (int64_t i = 0; i < c.M * c.N; ++i) output.data[i] = before.data[i] = from_double<T>(NAN);
-  LinearForward p = {};
-  p.dtype = dtype_of<T>, p.activation = c.activation;
-  p.M = c.M, p.N = c.N, p.K = c.K;
-  p.input = x.data, p.input_row = x.row, p.input_col = x.col;
-  p.weight = w.data, p.weight_row = w.row, p.weight_col = w.col;
-  p.bias = c.bias ? bias.data : nullptr;
-  p.output = output.data.get(), p.preactivation = c.preactivation ? before.data.get() : nullptr;
-  const LinearPlan plan = linear_split(c.kernel, c.tile, c.K, c.splits);
-  Buffer<char> workspace(linear_partial_bytes(p.dtype, c.M, c.N, plan.splits));
-  std::fill_n(workspace.data.get(), workspace.size, '\xff');
-  const Status status = linear_forward_planned(p, plan, {workspace.data.get(), workspace.size}, nullptr);
-  const auto complain = [&](const std::string& what) {
-    if (++failures <= 20)
-      std::printf(
-          "FAILED %s: kernel %d tile %d splits %d dtype %d, %ldx%ldx%ld, layouts %d %d, gap %d shift %d, activation "
-          "%d\n",
-          what.c_str(), static_cast<int>(c.kernel), c.tile, c.splits, static_cast<int>(p.dtype), c.M, c.N, c.K, c.a,
-          c.b, c.gap, c.shift, static_cast<int>(c.activation));
-  };
-  if (!status.ok()) return complain(status.message);
-  for (int64_t m = 0; m < c.M; ++m)
-    for (int64_t n = 0; n < c.N; ++n) {
-      double sum = c.bias ? bias.values[n] : 0, size = std::fabs(sum);
-      for (int64_t k = 0; k < c.K; ++k) {
-        const double product = x.values[m * c.K + k] * w.values[n * c.K + k];
-        sum += product, size += std::fabs(product);
-      }
-      // Sums are kept in float: an error of eps for each term; every activation's slope is at most 1.2.
-      const double unit = std::is_same_v<T, double> ? 0x1p-52 : c.kernel == LinearKernel::Tf32 ? 0x1p-12 : 0x1p-23;
-      const double want = activated(c.activation, sum), got = to_double(output.data[m * c.N + n]);
-      const double allowed = exact ? 0 : 1.2 * unit * size * (2 + std::sqrt(1.0 * c.K)) + 4 * unit * std::fabs(want);
-      const double rounding = (sizeof(T) == 2 ? epsilon<T> : 0);
-      const bool close = exact ? got == to_double(from_double<T>(want))
-                               : std::fabs(got - want) <= allowed + rounding * (std::fabs(want) + allowed) + 0x1p-25;
-      if (!close) return complain("output " + std::to_string(got) + " for " + std::to_string(want));
-      const double kept = to_double(before.data[m * c.N + n]);
-      if (c.preactivation && !(std::fabs(kept - sum) <= allowed + rounding * (std::fabs(sum) + allowed) + 0x1p-25))
-        return complain("pre-activation " + std::to_string(kept) + " for " + std::to_string(sum));
-    }
-}
 
 constexpr Activation kAll[] = {Activation::None, Activation::Relu,      Activation::Gelu,  Activation::GeluTanh,
                                Activation::Silu, Activation::Sigmoid,   Activation::Tanh,  Activation::LeakyRelu,
@@ -137,8 +72,7 @@ struct Floats {
     p.input = x_along_k ? x.data() : turned.data(), p.input_row = x_along_k ? K : 1, p.input_col = x_along_k ? 1 : M;
     p.weight = w.data(), p.weight_row = K, p.weight_col = 1, p.output = output.data();
     const LinearPlan plan = linear_split(kernel, tile, K, splits);
-    Buffer<char> workspace(linear_partial_bytes(p.dtype, M, N, plan.splits));
-    const bool done = linear_forward_planned(p, plan, {workspace.data.get(), workspace.size}, nullptr).ok();
+    const bool done = linear_forward_planned(p, plan, Memory(), nullptr).ok();
     for (int64_t i = 0; i < M * N; ++i)
       for (int64_t k = 0; k < K; ++k) {
         const float a = x[i / N * K + k], b = w[i % N * K + k];
@@ -248,9 +182,8 @@ void check_dispatch(bool allow_tf32 = false) {
         p.input = x.data, p.input_row = x.row, p.input_col = x.col;
         p.weight = w.data, p.weight_row = w.row, p.weight_col = w.col;
         p.output = output.data.get(), p.allow_tf32 = allow_tf32;
-        Buffer<char> workspace(linear_forward_workspace(p));
         if (++cases % every) continue;
-        const Status status = linear_forward(p, {workspace.data.get(), workspace.size}, nullptr);
+        const Status status = linear_forward(p, Memory(), nullptr);
         bool right = status.ok();
         for (int64_t i = 0; i < M * N; ++i) {
           double sum = 0;
@@ -281,7 +214,7 @@ void check_far_rows(LinearKernel kernel) {
   p.input = p.weight = data, p.input_row = p.weight_row = ld, p.input_col = p.weight_col = 1;
   p.output = output.data.get();
   ++cases;
-  bool right = linear_forward_planned(p, linear_split(kernel, 1, K, 1), {}, nullptr).ok();
+  bool right = linear_forward_planned(p, linear_split(kernel, 1, K, 1), Memory(), nullptr).ok();
   for (int64_t i = 0; i < M * N; ++i) {
     double sum = 0;
     for (int64_t k = 0; k < K; ++k) sum += to_double(data[i / N * ld + k]) * to_double(data[i % N * ld + k]);
@@ -294,16 +227,14 @@ void check_far_rows(LinearKernel kernel) {
 void check_errors() {
   LinearForward p = {};
   p.dtype = DType::Float32, p.M = p.N = 5, p.K = 1000;
-  const Status status = linear_forward_planned(p, linear_split(LinearKernel::Simt, 1, p.K, 2), {}, nullptr);
-  if (status.ok() || std::string(status.message) != "linear M=5 N=5 K=1000: a workspace that is too small")
-    ++failures, std::printf("FAILED: a workspace that is too small is reported as '%s'\n", status.message);
-  const Status wrong = linear_forward_planned(p, linear_split(LinearKernel::Mma, 0, p.K, 1), {}, nullptr);
-  if (wrong.ok()) ++failures, std::printf("FAILED: 16-bit tensor cores in float32\n");
+  const Status wrong = linear_forward_planned(p, linear_split(LinearKernel::Mma, 0, p.K, 1), Memory(), nullptr);
+  if (std::string(wrong.message) != "linear_mma_kernel M=5 N=5 K=1000 bytes=4 tile=0: no such kernel in this dtype")
+    ++failures, std::printf("FAILED: 16-bit tensor cores in float32 are reported as '%s'\n", wrong.message);
   p.dtype = DType::Float16;
   p.input_row = p.input_col = 2;
-  if (linear_forward_planned(p, linear_split(LinearKernel::Thin, 0, p.K, 1), {}, nullptr).ok())
+  if (linear_forward_planned(p, linear_split(LinearKernel::Thin, 0, p.K, 1), Memory(), nullptr).ok())
     ++failures, std::printf("FAILED: rows that are not dense in a thin product\n");
-  if (linear_forward_planned(p, linear_split(LinearKernel::Tf32x3, 0, p.K, 1), {}, nullptr).ok())
+  if (linear_forward_planned(p, linear_split(LinearKernel::Tf32x3, 0, p.K, 1), Memory(), nullptr).ok())
     ++failures, std::printf("FAILED: TF32 in float16\n");
   cases += 3;
 }

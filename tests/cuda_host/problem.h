@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "fastnn/cuda.h"
 #include "fastnn/types.h"
 
 namespace fastnn::cuda {
@@ -76,6 +77,20 @@ struct Buffer {
   explicit Buffer(int64_t size) : size(size), data(new T[static_cast<size_t>(size)]) {}
   int64_t size;
   std::unique_ptr<T[]> data;
+};
+
+// A call's workspace: exactly what it asks for, with no number in it.
+struct Memory {
+  operator Workspace() {
+    return {[](void* own, int64_t bytes) -> void* {
+              Buffer<char>& buffer = static_cast<Memory*>(own)->buffer;
+              buffer = Buffer<char>(bytes);
+              std::memset(buffer.data.get(), 0xff, static_cast<size_t>(bytes));
+              return buffer.data.get();
+            },
+            this};
+  }
+  Buffer<char> buffer{0};
 };
 
 // A matrix by strides: with columns dense, with rows dense (transposed), or neither; `shift` elements off alignment,

@@ -96,16 +96,15 @@ namespace cuda {
 // the kernels by value, as up to six digits of the head's number (see HeadOffsets) times their strides. Every list that
 // broadcast leading dimensions give can be told so, up to six of them that do not merge; for another the Status says
 // so. `philox_seed` is on the device, read by the kernel, so that a captured graph draws anew; null:
-// params.philox_seed. The workspace has as many bytes as attention_forward_workspace says; `threads` is the CPU's.
-int64_t attention_forward_workspace(const AttentionParams& params);
-Status attention_forward(const AttentionParams& params, const int64_t* philox_seed, Workspace workspace, Stream stream);
+// params.philox_seed. `threads` is the CPU's.
+Status attention_forward(const AttentionParams& params, const int64_t* philox_seed, const Workspace& workspace,
+                         Stream stream);
 
 // No workspace is needed.
 Status attention_weights(const AttentionWeightsParams& params, const int64_t* philox_seed, Stream stream);
 
 // forward's maximum and sum are not used; mask_index is read as the lists of offsets are.
-int64_t attention_backward_workspace(const AttentionBackwardParams& params);
-Status attention_backward(const AttentionBackwardParams& params, const int64_t* philox_seed, Workspace workspace,
+Status attention_backward(const AttentionBackwardParams& params, const int64_t* philox_seed, const Workspace& workspace,
                           Stream stream);
 
 }  // namespace cuda

@@ -9,10 +9,12 @@ namespace fastnn::cuda {
 
 using Stream = CUstream_st*;
 
-// Memory of the device, from the caller's allocator; an op's <op>_workspace tells how many bytes a call needs.
+// Memory of the device, from the caller's allocator. A call asks for what its plan needs, at once, before it launches
+// anything; what an earlier call of `allocate` gave is then no longer needed.
 struct Workspace {
-  void* data = nullptr;  // aligned to 16 bytes
-  int64_t bytes = 0;
+  void* (*allocate)(void* caller, int64_t bytes);  // aligned to 256 bytes
+  void* caller;
+  void* operator()(int64_t bytes) const { return bytes > 0 ? allocate(caller, bytes) : nullptr; }
 };
 
 // What became of a launch. Kernels run later, so an error inside one is not seen here.

@@ -101,11 +101,9 @@ void linear_pack(const LinearPack& p);
 
 namespace cuda {
 
-// `algorithm`, `packed` and `threads` are the CPU's, which in turn knows no `allow_tf32`. The workspace has as many bytes as linear_forward_workspace says.
-int64_t linear_forward_workspace(const LinearForward& p);
-Status linear_forward(const LinearForward& p, Workspace workspace, Stream stream);
-int64_t linear_backward_workspace(const LinearBackward& p);
-Status linear_backward(const LinearBackward& p, Workspace workspace, Stream stream);
+// `algorithm`, `packed` and `threads` are the CPU's, which in turn knows no `allow_tf32`.
+Status linear_forward(const LinearForward& p, const Workspace& workspace, Stream stream);
+Status linear_backward(const LinearBackward& p, const Workspace& workspace, Stream stream);
 
 }  // namespace cuda
 }  // namespace fastnn
