@@ -22,7 +22,7 @@ SOURCES := setup.py \
     $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print)
 RUN := PYTHONPATH="$(CURDIR)" $(PY)
 
-.PHONY: demo test bench lint test-asan test-avx512 check-cuda check-cuda-link gpu-check build clean FORCE
+.PHONY: demo test bench compatibility lint test-asan test-avx512 check-cuda check-cuda-link gpu-check build clean FORCE
 build: build/.built
 
 demo: build/.built
@@ -33,6 +33,10 @@ test: build/.built
 
 bench: build/.built
 	$(RUN) bench/run.py $(ARGS)
+
+# Runs the tests that prove what fastnn works with, and writes their table.
+compatibility: build/.built
+	$(RUN) -m pytest -q --compatibility docs/compatibility.md $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -68,8 +69,16 @@ inline int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_thr
 
 // ---- arguments of the Python entries -------------------------------------------------------------------------------
 
+// Under torch.func's transforms, and where a tensor carries a tangent of forward mode, a call belongs to the Functions of
+// fastnn/functional/_transforms.py: the C++ Functions know neither.
+inline bool transformed(py::handle h) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         (THPVariable_Check(h.ptr()) && THPVariable_Unpack(h.ptr())._fw_grad(0).defined());
+}
+
 // A tensor whose class overrides __torch_function__ belongs to its class, not to a kernel.
 inline bool plain(py::handle h) {
+  if (transformed(h)) return false;
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
   if (h.is_none() || type == THPVariableClass || !THPVariable_Check(h.ptr())) return true;
   static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
