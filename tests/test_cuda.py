@@ -208,3 +208,14 @@ def test_opcheck():
 def test_no_silent_way_to_torch():
     x, w, b = operands(64, 64, 64, torch.float16)
     testing.assert_own_kernels(lambda: linear(x, w, b, activation="gelu").sum().backward())
+
+
+def test_accelerate_takes_the_modules_that_have_kernels():
+    model = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.MultiheadAttention(8, 2), torch.nn.Conv2d(3, 4, 1)])
+    served = {row.kind: row.served for row in fastnn.explain(fastnn.accelerate(model.to("cuda")))}
+    assert served == {
+        "Linear": True,
+        "MultiheadAttention": True,
+        "NonDynamicallyQuantizableLinear": True,
+        "Conv2d": "conv2d" in _C.cuda_ops,
+    }
