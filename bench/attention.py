@@ -47,7 +47,7 @@ def build(case: AttentionCase, dtype: torch.dtype) -> Built:
 
     def stock(query, key, value, mask):
         if case.softcap:
-            return capped(query, key, value, visible, case.softcap)
+            return formula(query, *repeated(case, key, value), case.softcap, visible)
         return F.scaled_dot_product_attention(query, key, value, visible, **options)
 
     stock = stock if ours else partial(F.scaled_dot_product_attention, **options)
@@ -56,11 +56,18 @@ def build(case: AttentionCase, dtype: torch.dtype) -> Built:
     return Built((query, key, value, mask), own, stock, constant=constant, onnx=onnx)
 
 
-def capped(query, key, value, visible, softcap):
-    """Attention with a soft cap as models write it."""
-    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+def repeated(case: AttentionCase, key, value):
+    """Keys and values with as many heads as the queries have."""
+    return (t.repeat_interleave(case.heads // t.shape[1], 1) for t in (key, value))
+
+
+def formula(query, key, value, softcap=None, visible=None, mask=None):
+    """Attention as models write it, [..., L, E] with as many heads of keys as of queries."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     return scores.softmax(-1) @ value
@@ -100,21 +107,37 @@ def group(case: AttentionCase) -> str:
     return "128 keys or fewer" if case.keys <= 128 else "more keys"
 
 
-def problem(case: AttentionCase) -> Problem:
+def text(case: AttentionCase) -> str:
+    """Return what is computed, in a few characters."""
     kv_heads, value_dim = case.kv_heads or case.heads, case.value_dim or case.head_dim
     shape = f"{case.batch}x{case.heads}{'' if kv_heads == case.heads else f'/{kv_heads}'}x{case.queries}x{case.keys}"
     shape += f" d{case.head_dim}" + ("" if value_dim == case.head_dim else f"/{value_dim}")
     shape += " causal" * case.causal + (f" {case.mask}" if case.mask else "")
-    shape += (f" window {case.window[0]},{case.window[1]}" if case.window else "") + " softcap" * bool(case.softcap)
-    visible = seen(case)
-    scores = case.queries * case.keys if visible is None else visible.sum().item()
-    flops = 2.0 * case.batch * case.heads * scores * (case.head_dim + value_dim)
+    return (
+        shape + (f" window {case.window[0]},{case.window[1]}" if case.window else "") + " softcap" * bool(case.softcap)
+    )
+
+
+def scores(case: AttentionCase) -> int:
+    """Return how many pairs of a query and a key that it sees one head has."""
+    left, right = (case.keys + case.queries if side < 0 else side for side in case.window or (-1, -1))
+    total = 0
+    for query in range(case.queries):
+        place = query + case.keys - case.queries  # of the query among the keys: the last stands at the last
+        last = min(case.keys - 1, place + right, query if case.causal else case.keys)
+        total += max(0, last + 1 - max(0, place - left))
+    return total
+
+
+def problem(case: AttentionCase) -> Problem:
+    kv_heads, value_dim = case.kv_heads or case.heads, case.value_dim or case.head_dim
+    flops = 2.0 * case.batch * case.heads * scores(case) * (case.head_dim + value_dim)
     elements = case.batch * (
         case.heads * case.queries * (case.head_dim + value_dim) + kv_heads * case.keys * (case.head_dim + value_dim)
     )
     elements += case.heads * case.queries * case.keys * (case.mask == "bias")
     directions = ("forward",) if cached(case) else ("forward", "training")
-    return Problem(case.name, shape, flops, elements, partial(build, case), directions, group(case))
+    return Problem(case.name, text(case), flops, elements, partial(build, case), directions, group(case))
 
 
 PROBLEMS = [problem(case) for case in ATTENTION]

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.cuda_problem import DTYPES, TOLERANCE, Arms, Case, Results
-from bench.measure import percentiles
-from fastnn.testing import max_error
+from bench.measure import error, percentiles
 
 MOST_SETS = 32
 PASS = 5e-4  # seconds that a pass shall take at least
@@ -213,12 +212,6 @@ class Ceilings:
         return times[len(times) // 2]
 
 
-def error(pairs) -> float:
-    """Return the largest error of the results, each as a share of its largest value; NaN where one is NaN."""
-    found = [max_error(ours, exact) for ours, exact in pairs]
-    return math.nan if any(math.isnan(e) for e in found) else max(found, default=0.0)
-
-
 def bound(arms: Arms, function, sets) -> list[Callable[[], Results]]:
     """The calls of a pass: a function on each set of inputs."""
     if arms.prepare:
@@ -335,7 +328,7 @@ class Measure:
                 result.fill_(math.nan)
             pass_.run()
         self.machine.sync()
-        return error(arms.check(tensors, pass_.results))
+        return error(*zip(*arms.check(tensors, pass_.results), strict=True))
 
 
 def kernels(case: Case, machine) -> list[str]:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from bench.table import mean
+
 
 def key(row: dict) -> tuple[str, str, str, str]:
     """Return what names a row."""
@@ -90,10 +92,6 @@ def ceilings(rows: list[dict]) -> str:
             size = "8192³" if dtype == "float16" else "4096³"
             told += f"; {dtype} {size} {span([row['peak'] for row in rows if row['dtype'] == dtype], 'TF/s', 1e12)}"
     return told
-
-
-def mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def tables(rows: list[dict]) -> str:

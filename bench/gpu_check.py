@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,12 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     machine = probe()
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.out.resolve(), machine, time.monotonic() + options.limit, options.budget)
+    stages = STAGES if options.stage is None else (options.stage,)
+    check = Check(options.out.resolve(), machine, time.monotonic() + options.limit, options.budget, stages)
     print(
         f"{machine['gpu']}, capability {'.'.join(map(str, machine['capability']))}; torch {machine['torch']}",
         flush=True,
     )
-    for stage in STAGES if options.stage is None else (options.stage,):
+    for stage in stages:
         check.stage(stage)
     print("\n" + check.told(), flush=True)
     return int(not all(stage["ok"] for stage in check.summary["stages"].values()))
@@ -76,7 +78,10 @@ def probe() -> dict:
         why = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
         raise SystemExit(f"gpu-check: {sys.executable} cannot import torch ({why}).") from None
     if found["capability"] is None:
-        raise SystemExit(f"gpu-check: torch {found['torch']} sees no GPU here; run this on a machine that has one.")
+        raise SystemExit(
+            f"gpu-check: torch {found['torch']} sees no GPU here. It needs a machine that has one, and a torch for it "
+            "(VENV= takes your own in place of .venv's)."
+        )
     return found
 
 
@@ -116,10 +121,11 @@ class Check:
         machine: what :func:`probe` found.
         until: the time (monotonic) when all must be over.
         budget: seconds of the benchmark.
+        stages: those that will be run: where the benchmark is not among them, the tests have its time too.
     """
 
-    def __init__(self, out: Path, machine: dict, until: float, budget: float):
-        self.out, self.machine, self.until, self.budget = out, machine, until, budget
+    def __init__(self, out: Path, machine: dict, until: float, budget: float, stages: tuple[str, ...] = STAGES):
+        self.out, self.machine, self.until, self.budget, self.stages = out, machine, until, budget, stages
         self.summary: dict = {"machine": machine, "stages": {}}
 
     def left(self) -> float:
@@ -190,31 +196,12 @@ class Check:
         log, progress = self.out / "tests.log", self.out / "tests.jsonl"
         progress.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "cuda",
-            "-p",
-            "bench.gpu_progress",
-            "--tb=short",
-            *marked(),
-        ]
+        options = ["-q", "-m", "cuda", "-p", "bench.gpu_progress", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", *options, *marked()]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"FASTNN_PROGRESS": str(progress), "PYTHONPATH": path}
-        until = max(self.until - self.budget - 30, time.monotonic() + min(90.0, self.left() / 2))
-        if "bench" in self.summary["stages"]:
-            until = self.until - 5
-
-        def settle(status):
-            running = [test for test, line in gpu_progress.read(progress).items() if line["outcome"] == "running"]
-            for test in running:
-                outcome = "hung" if status is None else f"crashed ({status})"
-                gpu_progress.tell(progress, test=test, outcome=outcome)
-
-        finished = self.again(lambda first: command, log, progress, until, settle, environment)
+        settle = partial(gpu_progress.settle, progress)
+        finished = self.again(lambda first: command, log, progress, self.end_of_tests(), settle, environment)
         found = gpu_progress.read(progress)
         counts = Counter(line["outcome"] for line in found.values())
         bad = [test for test, line in found.items() if line["outcome"] not in ("passed", "skipped")]
@@ -224,6 +211,12 @@ class Check:
             ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()) or "no test ran, see tests.log"
         )
         return finished and not bad and counts["passed"] > 0, said + ("" if finished else "; not all of them")
+
+    def end_of_tests(self) -> float:
+        """Return the time (monotonic) until which tests may run."""
+        if "bench" not in self.stages:
+            return self.until - 5
+        return max(self.until - self.budget - 30, time.monotonic() + min(90.0, self.left() / 2))
 
     def bench(self) -> tuple[bool, str]:
         ok, said = self.extension("fastnn")

@@ -30,6 +30,12 @@ def tell(file: Path, **line) -> None:
         out.write(json.dumps(line) + "\n")
 
 
+def settle(file: Path, status: int | None) -> None:
+    """Tell of the test that ran when its process ended with that status; None: it was ended, as it hung."""
+    for test in [test for test, line in read(file).items() if line["outcome"] == "running"]:
+        tell(file, test=test, outcome="hung" if status is None else f"crashed ({status})")
+
+
 def lost() -> str | None:
     """Return why the device cannot be used any more, or None."""
     try:

@@ -174,8 +174,8 @@ def oracle(built: Built, tensors, wanted, training) -> list[torch.Tensor]:
 
 
 def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """Return the largest error of the output and the gradients, each as a share of its largest value."""
-    return max(max_error(a, b) for a, b in zip(found, exact, strict=True))
+    """Return the largest error of the output and the gradients, each as a share of its largest value; NaN where one is."""
+    return torch.tensor([max_error(a, b) for a, b in zip(found, exact, strict=True)]).max().item()
 
 
 def calls(function, tensors, training):

@@ -46,16 +46,22 @@ ACTIVATIONS = (
 CASES = {"linear": LINEAR, "conv2d": CONV2D, "rnn": RNN, "attention": ATTENTION}
 
 
-def seen(case: AttentionCase) -> torch.Tensor | None:
-    """Return which keys each query sees through causality and the window, [queries, keys]; None: all."""
+def seen(case: AttentionCase, queries: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Return which keys each query sees through causality and the window, [queries, keys]; None: all.
+
+    Args:
+        case: the problem.
+        queries: the positions of some queries; the result lies on their device.
+    """
     if not case.causal and case.window is None:
         return None
-    ahead = torch.arange(case.keys) - torch.arange(case.queries)[:, None]
+    queries = torch.arange(case.queries) if queries is None else queries
+    ahead = torch.arange(case.keys, device=queries.device) - queries[:, None]
     seen = torch.ones_like(ahead, dtype=torch.bool)
     if case.causal:
         seen &= ahead <= 0
     if case.window is not None:  # the last query stands at the last key
-        left, right = (case.keys if side < 0 else side for side in case.window)
+        left, right = (case.keys + case.queries if side < 0 else side for side in case.window)
         ahead -= case.keys - case.queries
         seen &= (-left <= ahead) & (ahead <= right)
     return seen
@@ -111,7 +117,7 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
         wide[..., 0] = tensor
         return wide[..., 0]
     if layout == "offset":
-        flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        flat = tensor.new_empty(tensor.numel() + 1)
         return flat[1:].view(tensor.shape).copy_(tensor)
     if layout == "expanded":
         return tensor[:1].clone().expand(tensor.shape) if tensor.dim() and tensor.shape[0] else tensor

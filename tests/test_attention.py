@@ -12,6 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fastnn
 from fastnn import reference, testing
 from fastnn.functional import scaled_dot_product_attention as attention
+from tests import attention_dropout
 
 OPTIONS = {
     "plain": {},
@@ -395,24 +396,9 @@ def test_philox_known_answers():
     assert kept[0, 0, ::8].tolist() == [word >= 2**31 for word in words]
 
 
-def test_dropout_follows_torch_s_generator():
-    query, key, value = tensors((2, 3, 10, 20, 8, 8))
-    torch.manual_seed(7)
-    first = attention(query, key, value, dropout_p=0.5)
-    second = attention(query, key, value, dropout_p=0.5)
-    torch.manual_seed(7)
-    assert torch.equal(attention(query, key, value, dropout_p=0.5), first)
-    assert not torch.equal(first, second)
-    assert (attention(query, key, value, dropout_p=1.0) == 0).all()
-
-
-def test_dropout_drops_the_share_it_says():
-    weights = torch.eye(256).expand(1, 4, 256, 256)
-    zeros = torch.zeros(1, 4, 256, 8)
-    for p in (0.1, 0.5, 0.9):
-        dropped = attention(zeros, zeros, weights, dropout_p=p)
-        assert abs((dropped == 0).double().mean().item() - p) < 0.01
-        torch.testing.assert_close(dropped.max().item(), 1 / 256 / (1 - p), rtol=1e-5, atol=0)
+def test_dropout():
+    attention_dropout.check_that_it_follows_torch_s_generator("cpu")
+    attention_dropout.check_that_it_drops_the_share_it_says("cpu")
 
 
 # ---- promises --------------------------------------------------------------------------------------------------------

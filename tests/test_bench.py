@@ -115,6 +115,8 @@ def test_error_sees_a_wrong_output_and_a_wrong_gradient():
     assert error(built.fastnn, False) == 0
     assert error(built.fastnn, True) > 0.4
     assert error(lambda x: x + 1, False) > 0.1
+    fine, hole = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert all(math.isnan(measure.error(found, [fine, fine])) for found in ([fine, hole], [hole, fine]))
 
 
 def test_the_machine_and_its_floor():

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from bench import cuda, cuda_attention, cuda_linear, cuda_measure, cuda_table
-from bench.cuda_attention import Shape
+from bench.attention import scores, text
 from bench.cuda_problem import DTYPES, TOLERANCE, Case, sample
+from fastnn.testing import AttentionCase, seen
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {"linear": cuda_linear, "attention": cuda_attention}
@@ -60,21 +61,23 @@ def test_the_counts_of_linear():
 
 
 SHAPES = [
-    Shape(1, 2, 2, 5, 9, 8),
-    Shape(2, 4, 2, 6, 6, 8, causal=True),
-    Shape(1, 2, 1, 9, 12, 16, window=(3, 1)),
-    Shape(1, 2, 1, 12, 9, 16, window=(3, 0)),
-    Shape(1, 2, 2, 1, 20, 8),
-    Shape(1, 1, 1, 7, 4, 8, causal=True),
+    AttentionCase("", 1, 2, 5, 9, 8),
+    AttentionCase("", 2, 4, 6, 6, 8, 2, causal=True),
+    AttentionCase("", 1, 2, 9, 12, 16, 1, window=(3, 1)),
+    AttentionCase("", 1, 2, 12, 9, 16, 1, window=(3, 0)),
+    AttentionCase("", 1, 2, 12, 4, 16, window=(-1, -1)),
+    AttentionCase("", 1, 2, 12, 9, 16, window=(2, -1), causal=True),
+    AttentionCase("", 1, 2, 1, 20, 8),
+    AttentionCase("", 1, 1, 7, 4, 8, causal=True),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=Shape.text)
+@pytest.mark.parametrize("shape", SHAPES, ids=text)
 def test_the_counts_of_attention(shape):
-    seen = cuda_attention.visible(shape, torch.arange(shape.queries))
-    pairs = shape.queries * shape.keys if seen is None else seen.sum().item()
-    assert cuda_attention.scores(shape) == pairs
-    product = 2 * shape.batch * shape.heads * pairs * shape.width
+    visible = seen(shape)
+    pairs = shape.queries * shape.keys if visible is None else visible.sum().item()
+    assert scores(shape) == pairs
+    product = 2 * shape.batch * shape.heads * pairs * shape.head_dim
     assert [cuda_attention.flops(shape, d) / product for d in ("forward", "backward", "training")] == [2, 5, 7]
     arms = cuda_attention.build(shape, "float16", "forward", "cpu")
     tensors = arms.draw()
@@ -83,7 +86,7 @@ def test_the_counts_of_attention(shape):
 
 
 def test_the_counts_of_masks():
-    bias, padding = Shape(2, 3, 3, 4, 5, 8, mask="bias"), Shape(2, 3, 3, 4, 5, 8, mask="bool")
+    bias, padding = (AttentionCase("", 2, 3, 4, 5, 8, mask=mask) for mask in ("bias", "bool"))
     plain = cuda_attention.moved(bias._replace(mask=None), 2, "forward")
     assert cuda_attention.moved(bias, 2, "forward") == plain + 3 * 4 * 5 * 2
     assert cuda_attention.moved(padding, 2, "forward") == plain + 2 * 5
@@ -101,7 +104,7 @@ def test_samples_hold_the_ends():
 def small(family, direction="forward", dtype="float32", **options):
     if family == "linear":
         return cuda_linear.case("small", 65, 70, 33, dtype, options.get("activation"), direction)
-    return cuda_attention.case("small", Shape(2, 4, 2, 66, 66, 8, **options), dtype, direction)
+    return cuda_attention.case(AttentionCase("small", 2, 4, 66, 66, 8, 2, **options), dtype, direction)
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ CASES = {
     "softcap": small("attention", softcap=2.0, causal=True),
     "bias": small("attention", mask="bias"),
     "padding": small("attention", mask="bool"),
-    "decode": cuda_attention.case("small", Shape(1, 4, 2, 1, 300, 8)),
+    "decode": cuda_attention.case(AttentionCase("small", 1, 4, 1, 300, 8, 2)),
     "attention backward": small("attention", "backward", causal=True),
     "window backward": small("attention", "backward", window=(9, 0)),
     "attention training": small("attention", "training", mask="bias"),

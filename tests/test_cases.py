@@ -1,6 +1,7 @@
 """The lists of problems: enough of them, of many models, each under its own name."""
 
 import pytest
+import torch
 
 from fastnn import cases, reference, testing
 
@@ -46,3 +47,6 @@ def test_what_a_query_sees():
     assert rows(window=(-1, 0)) == ["1110", "1111"]
     assert rows(window=(1, 0)) == ["0110", "0011"]
     assert rows(window=(0, -1), causal=True) == ["0000", "0000"]
+    assert testing.seen(cases.AttentionCase("", 1, 1, 9, 4, 8, window=(-1, -1))).all()
+    windowed = cases.AttentionCase("", 1, 1, 4, 6, 8, window=(2, 0))
+    assert torch.equal(testing.seen(windowed, torch.tensor([3, 1])), testing.seen(windowed)[[3, 1]])

@@ -11,9 +11,10 @@ import fastnn
 from fastnn import _C, reference, testing
 from fastnn.functional import attention_weights
 from fastnn.functional import scaled_dot_product_attention as attention
+from tests import attention_dropout
 
 DEVICE = "cuda"
-HERE = torch.cuda.is_available()
+HERE = torch.cuda.is_available() and "attention" in _C.cuda_ops
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not HERE, reason="needs a GPU and an extension that was built with CUDA"),
@@ -47,24 +48,16 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def built(request):
-    if "attention" not in _C.cuda_ops and "not_built" not in request.node.name:
-        pytest.skip("needs an extension that was built with CUDA")
-    fastnn.set_fallback("error" if "attention" in _C.cuda_ops else "torch")  # conftest.py sets it back
+def no_fallback():
+    fastnn.set_fallback("error")  # conftest.py sets it back
 
 
 def draw(*shape, dtype=torch.float32, layout="contiguous", requires_grad=False):
     x = torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
-    if layout == "transposed":  # heads inside positions, as projections leave them
+    if layout == "positions":  # heads inside positions, as projections leave them
         x = x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    elif layout == "columns":
-        x = x.mT.contiguous().mT
-    elif layout == "strided":
-        x = torch.stack((x, torch.full_like(x, math.nan)), -1)[..., 0]
-    elif layout == "offset":
-        x = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(shape)
-    elif layout == "expanded":
-        x = x[:1].expand(shape)
+    else:
+        x = testing.laid_out(x, layout)
     return x.requires_grad_(requires_grad)
 
 
@@ -85,10 +78,11 @@ def wide(*tensors):
 
 
 def oracle(query, key, value, mask=None, **options):
+    """The formula; of tensors in float64."""
     window = options.pop("window", None)
     options["window"] = (window, window) if isinstance(window, int) else window
     options.setdefault("enable_gqa", query.dim() > 2 and query.shape[-3] != key.shape[-3])
-    return reference.attention(*wide(query, key, value, mask), **options)
+    return reference.attention(query, key, value, mask, **options)
 
 
 def near(own, exact, size, dtype, largest=1.0, c=8.0):
@@ -104,8 +98,8 @@ def check(query, key, value, mask=None, **options):
     """The output and the log-sum-exp against the formula in float64."""
     gqa = {"enable_gqa": query.shape[-3] != key.shape[-3]} if query.dim() > 2 else {}
     output, lse = attention(query, key, value, mask, **options, **gqa, return_lse=True)
-    exact, exact_lse = oracle(query, key, value, mask, **options)
-    size = oracle(query, key, value.detach().abs(), mask, **options)[0]
+    exact, exact_lse = oracle(*wide(query, key, value, mask), **options)
+    size = oracle(*wide(query, key, value.detach().abs(), mask), **options)[0]
     scale = abs(options.get("scale") or 1 / math.sqrt(max(query.shape[-1], 1)))
     largest = 0.0
     if query.numel() and key.numel():
@@ -128,7 +122,7 @@ def check_gradients(leaves, mask=None, **options):
     dtype = leaves[0].dtype
     output, lse = attention(*leaves, mask, **options, **gqa, return_lse=True)
     double = wide(*leaves, mask)
-    exact, exact_lse = oracle_of(double, **options, **gqa)
+    exact, exact_lse = oracle(*double, **options, **gqa)
     grads = draw(*output.shape, dtype=dtype), draw(*lse.shape, dtype=lse.dtype) * exact_lse.isfinite()
     wanted = [t for t in (*leaves, mask) if t is not None and t.requires_grad]
     own = torch.autograd.grad((output, lse), wanted, grads)
@@ -142,12 +136,6 @@ def check_gradients(leaves, mask=None, **options):
         scale = max(1.0, other.abs().max().item()) if mine.numel() else 1.0
         assert error <= TOLERANCE[dtype] * scale, (i, error, scale)
     return own
-
-
-def oracle_of(double, **options):
-    window = options.pop("window", None)
-    options["window"] = (window, window) if isinstance(window, int) else window
-    return reference.attention(*double, **options)
 
 
 # ---- values and gradients --------------------------------------------------------------------------------------------
@@ -241,7 +229,7 @@ def test_a_query_that_sees_nothing_gives_zeros():
 def test_large_scores_and_special_values(dtype):
     query, key, value = tensors((1, 2, 2, 30, 90, 64, 64), dtype)
     output = attention(query * 60, key * 60, value)
-    exact = oracle(query * 60, key * 60, value)[0]
+    exact = oracle(*wide(query * 60, key * 60, value))[0]
     assert output.isfinite().all()
     torch.testing.assert_close(output.double(), exact, rtol=3e-2, atol=3e-2)
     query[0, 0, 3, 2] = math.nan
@@ -271,7 +259,7 @@ def test_decoding(length, dtype):
     check(*tensors((1, 1, 1, length, 40000, 64, 64), dtype))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "columns", "strided", "offset", "expanded"])
+@pytest.mark.parametrize("layout", ["positions", *testing.LAYOUTS])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_layouts(layout, dtype):
     for length, width in ((1, 64), (40, 64), (23, 9)):
@@ -330,7 +318,7 @@ def test_rows_beyond_two_to_the_31():
     key, value = (draw(1, 1, 64, width, dtype=torch.bfloat16) for _ in range(2))
     output = attention(query, key, value)
     for part in (slice(0, 100), slice(rows - 100, rows)):
-        exact, size = (oracle(query[:, :, part], key, v)[0] for v in (value, value.abs()))
+        exact, size = (oracle(*wide(query[:, :, part], key, v))[0] for v in (value, value.abs()))
         near(output[:, :, part], exact, size, torch.bfloat16, 30.0)
 
 
@@ -364,23 +352,9 @@ def test_dropout_is_the_reference_s(dtype):
             assert (mine.double() - other).abs().max().item() <= TOLERANCE[dtype] * scale
 
 
-def test_dropout_follows_torch_s_generator():
-    query, key, value = tensors((2, 3, 3, 10, 20, 64, 64))
-    torch.manual_seed(7)
-    first = attention(query, key, value, dropout_p=0.5)
-    second = attention(query, key, value, dropout_p=0.5)
-    torch.manual_seed(7)
-    assert torch.equal(attention(query, key, value, dropout_p=0.5), first)
-    assert not torch.equal(first, second)
-    assert (attention(query, key, value, dropout_p=1.0) == 0).all()
-
-
-def test_dropout_drops_the_share_it_says():
-    values, zeros = torch.eye(256, device=DEVICE).expand(1, 4, 256, 256), torch.zeros(1, 4, 256, 8, device=DEVICE)
-    for p in (0.1, 0.5, 0.9):
-        dropped = attention(zeros, zeros, values, dropout_p=p)
-        assert abs((dropped == 0).double().mean().item() - p) < 0.01
-        torch.testing.assert_close(dropped.max().item(), 1 / 256 / (1 - p), rtol=1e-5, atol=0)
+def test_dropout():
+    attention_dropout.check_that_it_follows_torch_s_generator(DEVICE)
+    attention_dropout.check_that_it_drops_the_share_it_says(DEVICE)
 
 
 # ---- promises --------------------------------------------------------------------------------------------------------
@@ -510,9 +484,6 @@ def test_no_silent_way_to_torch():
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_weights(dtype):
-    """The weights beside the output, where the extension has a kernel for them."""
-    if "attention_weights" not in _C.cuda_ops:
-        pytest.skip("attention_weights has no CUDA kernel in this build")
     query, key, value = tensors((2, 3, 3, 50, 70, 64, 64), dtype)
     for average, options in itertools.product(
         (False, True), ({}, {"is_causal": True}, {"softcap": 2.0, "window": (9, 3)})
@@ -593,13 +564,3 @@ def test_compile():
         torch.testing.assert_close(a, b)
     dropped = torch.compile(lambda *x: attention(*x, dropout_p=0.5), fullgraph=True, backend="aot_eager")
     dropped(*leaves[:3]).sum().backward()
-
-
-def test_where_it_is_not_built_torch_serves_or_an_error_says_so():
-    if "attention" in _C.cuda_ops:
-        pytest.skip("it is built")
-    query, key, value = tensors((1, 2, 2, 4, 5, 8, 8))
-    torch.testing.assert_close(attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
-    fastnn.set_fallback("error")
-    with pytest.raises(RuntimeError, match="fastnn.attention: no kernel takes this input: device cuda has no kernel"):
-        attention(query, key, value)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
-from fastnn import _fallback, functional
+from fastnn import _C, _fallback, functional
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -72,3 +72,17 @@ def test_a_mistake_is_an_error_and_not_a_fallback():
     with pytest.raises(RuntimeError, match=r"fastnn\.linear"):
         functional.linear(torch.randn(4, 8), torch.randn(5, 9))
     assert _fallback.calls.total() == before
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(_C.cuda_ops), reason="needs a GPU and an extension without CUDA"
+)
+def test_where_cuda_is_not_built_torch_serves_or_an_error_says_so():
+    query, key, value = (torch.randn(1, 2, length, 8, device="cuda") for length in (4, 5, 5))
+    own, stock = (
+        f(query, key, value) for f in (functional.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    torch.testing.assert_close(own, stock)
+    fastnn.set_fallback("error")
+    with pytest.raises(RuntimeError, match="fastnn.attention: no kernel takes this input: device cuda has no kernel"):
+        functional.scaled_dot_product_attention(query, key, value)

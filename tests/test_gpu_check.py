@@ -146,20 +146,34 @@ def test_each_test_s_outcome_is_on_disk_and_a_crash_costs_one(check, tmp_path):
 
     def settle(status):
         statuses.append(status)
-        for test, line in gpu_progress.read(progress).items():
-            if line["outcome"] == "running":
-                gpu_progress.tell(progress, test=test, outcome="crashed")
+        gpu_progress.settle(progress, status)
 
     assert check.again(lambda first: command, tmp_path / "log", progress, check.until, settle, environment), statuses
     found = {test.split("::")[-1]: line for test, line in gpu_progress.read(progress).items()}
     outcomes = {name: line["outcome"] for name, line in found.items()}
     assert outcomes == {
-        "test_fine[0]": "passed", "test_fine[1]": "passed", "test_fine[2]": "passed", "test_crash": "crashed",
+        "test_fine[0]": "passed", "test_fine[1]": "passed", "test_fine[2]": "passed", "test_crash": "crashed (-6)",
         "test_false": "failed", "test_skip": "skipped", "test_lost": "failed", "test_last": "passed",
     }  # fmt: skip
     assert "one is not two" in found["test_false"]["message"] and found["test_skip"]["message"].endswith("a reason")
     assert found["test_lost"]["lost"] == "an illegal memory access"
     assert statuses == [-6, gpu_progress.LOST, 0]
+
+
+def test_a_test_that_hung_is_told(tmp_path):
+    progress = tmp_path / "tests.jsonl"
+    gpu_progress.tell(progress, test="a", outcome="passed")
+    gpu_progress.tell(progress, test="b", outcome="running")
+    gpu_progress.settle(progress, None)
+    assert {test: line["outcome"] for test, line in gpu_progress.read(progress).items()} == {"a": "passed", "b": "hung"}
+
+
+def test_the_tests_leave_time_for_the_benchmark_where_it_follows(tmp_path):
+    until = time.monotonic() + 540
+    assert Check(tmp_path, MACHINE, until, 150).end_of_tests() == until - 180
+    assert Check(tmp_path, MACHINE, until, 150, ("test",)).end_of_tests() == until - 5
+    now = time.monotonic()  # a build that took long leaves the tests a part all the same
+    assert Check(tmp_path, MACHINE, now + 100, 150).end_of_tests() == pytest.approx(now + 50, abs=1)
 
 
 def test_the_files_of_the_tests_that_need_a_gpu_are_found():

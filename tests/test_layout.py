@@ -38,6 +38,15 @@ def test_ptx_stands_in_two_files(path):
     assert path.name in ("ptx.cuh", "ptx_sm90.cuh") or not re.search(r"\basm\b", path.read_text())
 
 
+def test_each_cuda_kernel_has_a_row_that_says_where_it_has_run():
+    cuda = "".join(path.read_text() for path in CSRC if path.suffix in (".cu", ".cuh"))
+    section = (
+        (ROOT / "bench/results/BENCH.md").read_text().partition("### What has run on a GPU")[2].partition("\n## ")[0]
+    )
+    told = {kernel for row in section.splitlines() if row[:1] == "|" for kernel in re.findall(r"`(\w+)`", row)}
+    assert told == set(re.findall(r"__global__ void[^;{]*?\b(\w+_kernel)\(", cuda))
+
+
 @pytest.mark.parametrize("path", CSRC, ids=name)
 def test_the_sources_are_cxx17(path):
     """torch 2.11 compiles extensions as C++17; later ones ask for C++20, so a slip would not show."""

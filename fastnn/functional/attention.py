@@ -76,7 +76,7 @@ def scaled_dot_product_attention(
     if torch.compiler.is_compiling():
         output = None
         if _served(query, key, value, attn_mask, "attention"):
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+            seed = _seed(query, dropout_p)
             output = torch.ops.fastnn.attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, seed
             )
@@ -112,13 +112,18 @@ def _served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     return plain_mask and _fallback.why_not(query, key, value, op=op) is None
 
 
+def _seed(query: Tensor, dropout_p: float) -> Tensor | None:
+    """The key of the dropout of one call, drawn where the query is; None where nothing is dropped."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+
+
 def _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse):
     """Torch's operator, or the plain formula for what torch's has not."""
     if window is None and not softcap and not return_lse:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+    seed = _seed(query, dropout_p)
     output, lse = reference.attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, seed
     )

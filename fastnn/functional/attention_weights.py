@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
-from fastnn.functional.attention import _empty_like_query, _lead, _served
+from fastnn.functional.attention import _empty_like_query, _lead, _seed, _served
 
 
 def attention_weights(
@@ -56,7 +56,7 @@ def attention_weights(
     if not torch.compiler.is_compiling():
         results = _C.attention_weights(query, key, value, attn_mask, *options, average)
     elif _served(query, key, value, attn_mask, "attention_weights"):
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+        seed = _seed(query, dropout_p)
         output, _, weights = torch.ops.fastnn.attention_weights(query, key, value, attn_mask, *options, seed, average)
         results = output, weights
     if results is None:
@@ -69,8 +69,7 @@ def attention_weights(
 
 
 def _by_torch(query, key, value, attn_mask, options, average):
-    dropout_p = options[0]
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device) if dropout_p > 0 else None
+    seed = _seed(query, options[0])
     output, _, weights = reference.attention_weights(query, key, value, attn_mask, *options, seed, average)
     return output, weights
 
