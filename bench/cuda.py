@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, measure=None) -> int:
     print("\n" + cuda_table.tables(rows), flush=True)
     if not alive:
         return LOST
-    return int(any(not cuda_table.measured(row) or row.get("wrong") for row in rows))
+    return int(not all(map(cuda_table.right, rows)))
 
 
 def chosen(options: argparse.Namespace) -> list:

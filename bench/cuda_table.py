@@ -19,6 +19,11 @@ def measured(row: dict) -> bool:
     return "times" in row and not row.get("failed")
 
 
+def right(row: dict) -> bool:
+    """Whether the case ran, its results are near float64's and its gradients the same from run to run."""
+    return measured(row) and not row.get("wrong") and row.get("deterministic") is not False
+
+
 def ratio(row: dict) -> float:
     """Return how many times as long as fastnn the best of torch takes; nothing where the result is wrong."""
     return math.nan if row.get("wrong") else row["times"]["torch"]["ratio"]
@@ -114,12 +119,8 @@ def tables(rows: list[dict]) -> str:
         good = [ratio(row) for row in members if measured(row) and not math.isnan(ratio(row))]
         if good:
             lines.append(f"geometric mean {mean(good):.2f}× ({min(good):.2f}–{max(good):.2f}, {len(good)})")
-    failed = [row for row in rows if not measured(row)]
-    wrong = [row for row in rows if row.get("wrong")]
-    lines += [
-        "",
-        f"{len(rows)} cases: {len(rows) - len(failed) - len(wrong)} right, {len(wrong)} wrong, {len(failed)} failed",
-    ]
+    good, ran = sum(map(right, rows)), sum(map(measured, rows))
+    lines += ["", f"{len(rows)} cases: {good} right, {ran - good} wrong, {len(rows) - ran} failed"]
     return "\n".join([*lines, "", goals(rows)])
 
 

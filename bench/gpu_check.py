@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # in place of this folder, whose cuda.py would stand before the package of that name
     sys.path[0] = str(ROOT)
 
-from bench import gpu_progress  # noqa: E402
+from bench import cuda_table, gpu_progress  # noqa: E402
 
 STAGES = ("build", "test", "bench")
 STALL = 90.0  # seconds without a line of progress after which a process is taken to hang
@@ -239,7 +239,7 @@ class Check:
         (self.out / "bench.txt").write_text(shown.stdout + shown.stderr)
         print(shown.stdout + shown.stderr, flush=True)
         cases = json.loads(rows.read_text())
-        bad = sum("times" not in row or bool(row.get("failed") or row.get("wrong")) for row in cases)
+        bad = sum(not cuda_table.right(row) for row in cases)
         said = f"{len(cases)} cases, {bad} failed or wrong" + ("" if finished else "; not all of them")
         return bool(cases) and not bad and shown.returncode == 0, said
 

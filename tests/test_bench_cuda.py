@@ -197,6 +197,11 @@ def test_a_hole_in_the_output_is_told(name, measure):
 def test_random_gradients_are_told(measure):
     row = measure.row(spoilt(CASES["linear training"], lambda results: [t + torch.rand(()) * 1e-6 for t in results]))
     assert row["deterministic"] is False and "NOT DETERMINISTIC" in cuda_table.line(row)
+    assert (
+        not row["wrong"]
+        and not cuda_table.right(row)
+        and "1 cases: 0 right, 1 wrong, 0 failed" in cuda_table.tables([row])
+    )
 
 
 def test_what_raises_is_a_row_and_the_bench_goes_on(measure, tmp_path, monkeypatch, capsys):

@@ -70,7 +70,7 @@ extern std::vector<Warp> warps;
 extern std::vector<Cell> cells;
 extern unsigned char shared[kShared];
 extern int shared_bytes, threads_in_block;
-extern uint32_t now, block_synced, block_started;
+extern uint32_t now, block_synced;
 extern Thread* current;
 extern bool clocked;  // an mbarrier or a named barrier was used in this block
 

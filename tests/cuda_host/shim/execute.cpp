@@ -31,7 +31,7 @@ std::vector<Warp> warps;
 std::vector<Cell> cells(kShared / 2);
 alignas(1024) unsigned char shared[kShared];
 int shared_bytes, threads_in_block;
-uint32_t now = 1, block_synced, block_started;
+uint32_t now = 1, block_synced;
 Thread* current = nullptr;
 bool clocked = false;
 
@@ -158,7 +158,7 @@ void run_block(const std::vector<int>& order) {
   std::fill(warps.begin(), warps.end(), Warp());
   read_times.resize(std::max(read_times.size(), cells.size() * warps.size()));
   at_barrier = done = 0;
-  block_started = block_synced = now++;
+  block_synced = now++;
   clocked = false;
   start_block_sm90();
   for (int i = 0; i < threads_in_block; ++i) threads[i].state = State::Ready;
