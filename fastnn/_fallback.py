@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +13,13 @@ from fastnn._library import _C
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _mode = "torch"
 calls: Counter[tuple[str, str]] = Counter()  # (op, reason) -> how often torch served it
+
+
+class _Last(threading.local):
+    reason: str | None = None
+
+
+last = _Last()  # why the last call of this thread went to torch, for who set it to None before
 
 
 def set_fallback(mode: str) -> None:
@@ -60,4 +68,5 @@ def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[
         )
     if not torch.compiler.is_compiling():
         calls[(op, reason)] += 1
+        last.reason = reason
     return call()
