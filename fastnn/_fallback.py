@@ -59,9 +59,9 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     return None
 
 
-def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor]):
+def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor], reason: str = ""):
     """Serve ``op`` by torch through ``call``, or raise under ``set_fallback("error")``."""
-    reason = why_not(*tensors, op=op) or "tensor subclass has no kernel"
+    reason = reason or why_not(*tensors, op=op) or "tensor subclass has no kernel"
     if _mode == "error":
         raise RuntimeError(
             f"fastnn.{op}: no kernel takes this input: {reason}. Call fastnn.set_fallback('torch') to let torch serve it."

@@ -93,6 +93,12 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     )
 
 
+def _multi_head_attention(query, key, value, *args, **kwargs):
+    if query.is_nested or key.is_nested or value.is_nested:
+        return _not("nested tensors have no kernel")
+    return functional.multi_head_attention_forward(query, key, value, *args, **kwargs)
+
+
 def _stack(mode: str) -> Callable:
     """Serve torch.lstm and its sisters, which take a padded sequence or the data of a packed one."""
 
@@ -162,6 +168,7 @@ SERVED: dict[Callable, Callable] = {
     torch.conv2d: _conv2d,  # which is F.conv2d
     torch.convolution: _convolution,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
     torch.lstm: _stack("LSTM"),  # which are those of torch._VF
     torch.gru: _stack("GRU"),
     torch.rnn_tanh: _stack("RNN_TANH"),
