@@ -16,10 +16,13 @@ calls: Counter[tuple[str, str]] = Counter()  # (op, reason) -> how often torch s
 
 
 class _Last(threading.local):
-    reason: str | None = None
+    """The last call of this thread."""
+
+    reason: str | None = None  # why it went to torch, for who set it to None before
+    passing = False  # whether a fastnn.patch is at it: others let it pass
 
 
-last = _Last()  # why the last call of this thread went to torch, for who set it to None before
+last = _Last()
 
 
 def set_fallback(mode: str) -> None:
