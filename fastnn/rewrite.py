@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
@@ -27,9 +26,10 @@ from fastnn.served import SERVED
 
 # Products and convolutions that stay with torch and are worth telling about.
 _TOLD = {"bmm", "baddbmm", "einsum", "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-_LINEAR = (torch.ops.fastnn.linear, torch.ops.fastnn.linear.default)
-_CONV2D = (torch.ops.fastnn.conv2d, torch.ops.fastnn.conv2d.default)
-_IN_PLACE = {getattr(operator, "i" + name) for name in "add sub mul truediv floordiv mod pow and or xor".split()}
+_IN_PLACE = {
+    getattr(operator, "i" + name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
 _STATES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode",
            "_exit_inference_mode", "batch_norm"}  # fmt: skip
 
@@ -69,7 +69,8 @@ def rewrite(gm: fx.GraphModule) -> tuple[fx.GraphModule, Report]:
     Raises:
         RuntimeError: under ``fastnn.set_fallback("error")``, for a call that is one of fastnn's and has no kernel.
     """
-    from fastnn.rewrite_attention import fuse_attention  # which is built on this module
+    from fastnn.rewrite_attention import fuse_attention  # which are built on this module
+    from fastnn.rewrite_epilogue import fuse_epilogues
 
     graph = copy.deepcopy(gm.graph)
     new = fx.GraphModule(gm, graph)
@@ -79,7 +80,7 @@ def rewrite(gm: fx.GraphModule) -> tuple[fx.GraphModule, Report]:
         rewriter.name_results_of_in_place_calls()
         fuse_attention(rewriter)
         rewriter.serve()
-        rewriter.fuse()
+        fuse_epilogues(rewriter)
     rewriter.report.others = sum(rewriter.is_other(n) for n in graph.nodes)
     graph.lint()
     new.recompile()
@@ -348,90 +349,6 @@ class Rewriter:
 
         return map_aggregate(node.args, cast), map_aggregate(node.kwargs, cast), casts
 
-    def fuse(self) -> None:
-        """Draw bias, batch norm and activation into the linear or conv2d before them."""
-        for node in list(self.graph.nodes):
-            if node.target not in _LINEAR + _CONV2D or len(node.args) < 5:
-                continue
-            step: fx.Node | None = node
-            while step is not None:
-                node, step = step, self._bias(step) or self._norm(step) or self._activation(step)
-
-    def _bias(self, node: fx.Node) -> fx.Node | None:
-        """x Wᵀ, then + b."""
-        x, weight, bias, activation, *rest = node.args
-        add = only_user(node)
-        if node.target not in _LINEAR or bias is not None or activation or add is None or len(add.args) != 2:
-            return None
-        if called(add) not in ("add", "iadd") or add.kwargs.get("alpha", 1) != 1:
-            return None
-        if changes_its_input(add) and add.args[0] is not node:
-            return None
-        bias = add.args[1] if add.args[0] is node else add.args[0]
-        b, w, y = value(bias), value(weight), value(node)
-        if not (
-            isinstance(b, Tensor) and b.dim() == 1 and w.dim() == 2 and b.dtype == y.dtype and same(b, w.shape[:1])
-        ):
-            return None
-        return self._move(node, add, (x, weight, bias, activation, *rest), "bias", [add])
-
-    def _norm(self, node: fx.Node) -> fx.Node | None:
-        """A batch norm in evaluation is a factor and a shift for each channel."""
-        norm = only_user(node)
-        at = 7 if node.target in _CONV2D else 3  # where the activation stands
-        if norm is None or called(norm) != "batch_norm" or norm.target is not F.batch_norm or node.args[at] is not None:
-            return None
-        mean, var, factor, shift = (argument(norm, i, n) for i, n in
-                                    ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias")))  # fmt: skip
-        weight, bias = node.args[1:3]
-        w, y = value(weight), value(node)
-        parts = [value(t) for t in (bias, mean, var, factor, shift) if t is not None]
-        if norm.args[0] is not node or argument(norm, 5, "training", False) is not False or None in (mean, var):
-            return None
-        if not all(isinstance(t, Tensor) and t.dtype == w.dtype for t in parts) or w.dim() < 2:
-            return None
-        if y.dim() != w.dim() or value(mean).requires_grad or value(var).requires_grad:
-            return None
-        if _count(w) > _count(y):  # to scale the weights at each call would cost more than to scale the output
-            return None
-        if not self.quiet(node, norm, [norm]):
-            return None
-        folded, _ = self.inline(
-            _folded, (weight, bias, mean, var, factor, shift, argument(norm, 7, "eps", 1e-5)), {}, norm
-        )
-        if folded is NotImplemented:
-            return None
-        return self._move(node, norm, (node.args[0], *folded, *node.args[3:]), "batch norm", [norm])
-
-    def _activation(self, node: fx.Node) -> fx.Node | None:
-        at = 7 if node.target in _CONV2D else 3
-        if node.args[at] is not None or len(node.users) == 0:
-            return None
-        from fastnn.rewrite_activation import activation_after  # which is built on this module
-
-        found = activation_after(node)
-        if found is None:
-            return None
-        name, chain = found
-        return self._move(node, chain[-1], (*node.args[:at], name, *node.args[at + 1 :]), name, chain)
-
-    def _move(self, node: fx.Node, last: fx.Node, args: tuple, what: str, chain: list[fx.Node]) -> fx.Node | None:
-        """Let the op with other arguments take the place of ``last``, the end of a chain that began with it."""
-        if not self.quiet(node, last, chain):
-            return None
-        with self.graph.inserting_before(last):
-            new = self.graph.call_function(node.target, args)
-        new.meta = dict(last.meta)
-        last.replace_all_uses_with(new)
-        self.erase([node, *chain])
-        entry = self.entries.pop(node, None)
-        if entry is None:  # the caller's own call of fastnn
-            entry = Served("fastnn", str(called(node)))
-            self.report.served.append(entry)
-        entry.fused.append(what)
-        self.entries[new] = entry
-        return new
-
 
 def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -456,23 +373,6 @@ def alike(old: Any, new: Any) -> bool:
     return all(a == b for a, b in zip(old.shape, new.shape, strict=True) if isinstance(a, int) and isinstance(b, int))
 
 
-def _count(tensor: Tensor) -> int:
-    """How many elements, about: symbolic sizes count as they were when the graph was captured."""
-    n = 1
-    for size in tensor.shape:
-        n *= size.node.hint or 1 if isinstance(size, torch.SymInt) else size
-    return n
-
-
 def following(node: fx.Node) -> Iterator[fx.Node]:
     while (node := node.next).op != "root":
         yield node
-
-
-def _folded(weight, bias, mean, var, factor, shift, eps):
-    """``norm(W x + b) = (W s) x + ((b - mean) s + shift)``, s = factor / sqrt(var + eps)."""
-    scale = torch.rsqrt(var + eps)
-    if factor is not None:
-        scale = scale * factor
-    moved = (-mean if bias is None else bias - mean) * scale
-    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), moved if shift is None else moved + shift
