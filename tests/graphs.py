@@ -45,7 +45,9 @@ def outcome(function, args):
     wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     wanted += [p for p in getattr(function, "parameters", list)() if p.requires_grad]
     wanted = [t for t in wanted if any(r.requires_grad for r in results)]
-    loss = sum((r * torch.linspace(0.5, 1.5, r.numel(), dtype=r.dtype).view_as(r)).sum() for r in results if r.requires_grad)
+    loss = sum(
+        (r * torch.linspace(0.5, 1.5, r.numel(), dtype=r.dtype).view_as(r)).sum() for r in results if r.requires_grad
+    )
     return results, torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
 
 
@@ -53,7 +55,10 @@ def agrees(function, *args, rtol=None, atol=None, **options):
     """Assert that the rewritten graphs give what ``function`` gives, gradients too; return the report (of the last graph)."""
     reports = []
     torch.testing.assert_close(
-        outcome(rewritten(function, reports, fullgraph=True, **options), args), outcome(function, args), rtol=rtol, atol=atol
+        outcome(rewritten(function, reports, fullgraph=True, **options), args),
+        outcome(function, args),
+        rtol=rtol,
+        atol=atol,
     )
     return reports[-1]
 

@@ -52,9 +52,9 @@ def test_each_call(call):
 
 
 LEFT = {
-    "a product of batches of matrices": (lambda: (lambda x, y: x @ y), [(2, 3, 5), (2, 5, 4)]),
+    "a product of batches of matrices": (lambda: lambda x, y: x @ y, [(2, 3, 5), (2, 5, 4)]),
     "no kernel for this form": (lambda: torch.bmm, [(2, 3, 5), (2, 5, 4)]),
-    "beta or alpha": (lambda: (lambda b, x, w: torch.addmm(b, x, w, alpha=2)), [(4,), (3, 5), (5, 4)]),
+    "beta or alpha": (lambda: lambda b, x, w: torch.addmm(b, x, w, alpha=2), [(4,), (3, 5), (5, 4)]),
     "a matrix is added, not a bias": (lambda: torch.addmm, [(3, 4), (3, 5), (5, 4)]),
 }
 
