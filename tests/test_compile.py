@@ -308,9 +308,8 @@ def test_recurrent_modules_are_let_in_for_this_backend_alone(aot):
     assert any("RNN, GRU, or LSTM" in reason for reason in counters["graph_break"])
     counters.clear()
     torch.compiler.reset()
-    wide = nn.LSTM(4, 5, dtype=torch.complex64)  # which no kernel takes: Dynamo would unroll its steps
-    with pytest.raises(Exception):  # noqa: B017 - torch's own has no complex numbers either
-        torch.compile(wide, backend=fastnn_compile.backend)(x.to(torch.complex64))
+    wide = nn.LSTM(4, 5, dtype=torch.complex64)  # no kernel takes it: inductor would unroll its steps
+    torch.compile(wide, backend=fastnn_compile.backend)(x.to(torch.complex64))
     assert any("RNN, GRU, or LSTM" in reason for reason in counters["graph_break"])
     with config.patch(allow_rnn=True):
         assert config.allow_rnn is True
@@ -318,7 +317,15 @@ def test_recurrent_modules_are_let_in_for_this_backend_alone(aot):
 
 
 def test_compiled_in_place_and_explained(aot):
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.down(F.relu(self.up(x)))
+
+    model = Model()
     assert "no graph" in str(fastnn.explain())
     model.compile(backend=fastnn_compile.backend)
     model(torch.randn(2, 3))
@@ -371,3 +378,85 @@ assert not {"torch._dynamo", "torch._inductor", "fastnn.compile"} & set(sys.modu
 assert callable(fastnn.compile.backend) and "torch._inductor.compile_fx" not in sys.modules
 """
     run(code)
+
+
+# ---- fastnn's own modules under any backend --------------------------------------------------------------------------
+
+fnn = fastnn.nn
+MODULES = {
+    "Linear": (lambda: fnn.Linear(8, 4, activation="gelu"), lambda n, t: [torch.randn(n, t, 8)]),
+    "Conv2d": (lambda: fnn.Conv2d(3, 4, 3, padding=1, activation="silu"), lambda n, t: [torch.randn(n, 3, t, 6)]),
+    "RNN": (lambda: fnn.RNN(8, 5, 2, batch_first=True), lambda n, t: [torch.randn(n, t, 8)]),
+    "GRU": (lambda: fnn.GRU(8, 5, bidirectional=True), lambda n, t: [torch.randn(t, n, 8)]),
+    "LSTM": (lambda: fnn.LSTM(8, 5, 2, proj_size=3), lambda n, t: [torch.randn(t, n, 8)]),
+    "LSTM with layer norm": (lambda: fnn.LSTM(8, 5, layer_norm=True), lambda n, t: [torch.randn(t, n, 8)]),
+    "RNNCell": (lambda: fnn.RNNCell(8, 5), lambda n, t: [torch.randn(n, 8)]),
+    "GRUCell": (lambda: fnn.GRUCell(8, 5), lambda n, t: [torch.randn(n, 8)]),
+    "LSTMCell": (lambda: fnn.LSTMCell(8, 5), lambda n, t: [torch.randn(n, 8)]),
+    "MultiheadAttention": (
+        lambda: fnn.MultiheadAttention(8, 2, batch_first=True),
+        lambda n, t: [x := torch.randn(n, t, 8), x, x],
+    ),
+    "TransformerEncoderLayer": (
+        lambda: fnn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
+        lambda n, t: [torch.randn(n, t, 8)],
+    ),
+    "TransformerDecoderLayer": (
+        lambda: fnn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True),
+        lambda n, t: [torch.randn(n, t, 8), torch.randn(n, 5, 8)],
+    ),
+    "TransformerEncoder": (
+        lambda: fnn.TransformerEncoder(fnn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2),
+        lambda n, t: [torch.randn(n, t, 8)],
+    ),
+    "TransformerDecoder": (
+        lambda: fnn.TransformerDecoder(fnn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True), 2),
+        lambda n, t: [torch.randn(n, t, 8), torch.randn(n, 5, 8)],
+    ),
+    "Transformer": (
+        lambda: fnn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True),
+        lambda n, t: [torch.randn(n, 5, 8), torch.randn(n, t, 8)],
+    ),
+}
+
+
+@pytest.mark.works("Compilation", "every module whole (fullgraph), training, and once for all batch sizes and lengths (dynamic)")
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_compiles_whole_and_once(name):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    build, inputs = MODULES[name]
+    module, counter = build(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    compiled.parameters = module.parameters
+    for n, t in ((3, 7), (4, 7), (6, 9)):
+        x = inputs(n, t)
+        torch.testing.assert_close(outcome(compiled, x), outcome(module, x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_every_module_is_there():
+    assert {name.split()[0] for name in MODULES} == set(fnn.__all__) - {"KVCache"}  # tests/test_kv_cache.py has that one
+
+
+@pytest.mark.works("Compilation", "compiled autograd, of compiled and of eager modules")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_autograd(compiled):
+    from torch._dynamo import compiled_autograd
+
+    model = nn.Sequential(fnn.Conv2d(3, 4, 3, activation="relu"), nn.Flatten(2), fnn.GRU(36, 8, batch_first=True))
+    attend, out = fnn.MultiheadAttention(8, 2, batch_first=True), fnn.Linear(8, 2, activation="gelu")
+    parameters = [*model.parameters(), *attend.parameters(), *out.parameters()]
+
+    def loss(x):
+        y, _ = model(x)
+        return out(attend(y, y, y, need_weights=False)[0]).square().mean()
+
+    x = torch.randn(2, 3, 8, 8)
+    expected = torch.autograd.grad(loss(x), parameters)
+    counters.clear()
+    value = (torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss)(x)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        value.backward()
+    torch.testing.assert_close([p.grad for p in parameters], list(expected))
+    assert counters["compiled_autograd"]["captures"] == 1
