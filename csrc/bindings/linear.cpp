@@ -316,7 +316,8 @@ void bind_linear(py::module_& m) {
       [](py::handle input, py::handle weight) {
         if (!plain(input) || !plain(weight)) return false;
         const Tensor &x = tensor_argument("linear", "input", input), &w = tensor_argument("linear", "weight", weight);
-        return served(x) && served(w) && choose(check(x, w, std::nullopt), true) == LinearAlgorithm::Packed;
+        return served(x) && served(w) &&
+               choose(check(cast_alike(x, w), w, std::nullopt), true) == LinearAlgorithm::Packed;
       },
       py::arg("input"), py::arg("weight"), "Whether a call with frozen weights would read packed ones.");
   m.def(
