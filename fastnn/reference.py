@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -217,6 +218,12 @@ def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequenc
     return (word >= min(int(dropout_p * 2**32), low)).reshape(shape)
 
 
+def _no_autocast(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContextManager:
+    """Let a formula compute in the dtypes that it gets: a backward may run inside autocast's region, and the forward cast."""
+    device = next(t.device.type for t in tensors if t is not None)
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+
+
 def vjp(
     f: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
@@ -232,7 +239,7 @@ def vjp(
         The gradient of each input, None where it is not wanted or f does not depend on it.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_autocast(inputs):
         # Aliases, so that the derivative is taken at this place of the graph and not through its history.
         xs = [_alias(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
         chosen = [x for x, want in zip(xs, wanted, strict=True) if want]
@@ -264,7 +271,7 @@ def vjp_of_vjp(
         Gradients of the ``grad_outputs`` and of the ``inputs``, None where there is none.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_autocast(inputs):
         # Aliases, so that the derivative is taken at this place of the graph and not through its history.
         xs = [_alias(x) for x in inputs]
         gs = [_alias(g) for g in grad_outputs]
