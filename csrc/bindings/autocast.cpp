@@ -33,6 +33,17 @@ class Casting {
   const c10::impl::ExcludeDispatchKeyGuard below_{at::autocast::get_autocast_dispatch_key_from_device_type(DEVICE)};
 };
 
+Tensor as(const Tensor& t, at::ScalarType type) {
+  return at::autocast::is_eligible(t, t.device().type()) ? t.to(type) : t;
+}
+OptionalTensor as(const OptionalTensor& t, at::ScalarType type) { return t ? OptionalTensor(as(*t, type)) : t; }
+
+// Panels of frozen float32 weights hold them unrounded: the call computes in float32 and rounds its result, which is the more
+// precise, and casts no weight.
+bool keeps_float(const Tensor& weight, const OptionalTensor& packed) {
+  return packed && weight.scalar_type() == at::kFloat;
+}
+
 // torch keeps softplus and softmax in float32 on CUDA, and on the CPU in the dtype that they get.
 template <DeviceType DEVICE>
 Tensor widened(Tensor t) {
@@ -44,7 +55,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
               const OptionalTensor& packed) {
   static const auto op = find_op<decltype(linear<DEVICE>)>("fastnn::linear");
   const Casting<DEVICE> cast;
-  // Panels are of the compute type, whatever the weight's: those of a float32 weight serve, and are the more precise.
+  if (keeps_float(weight, packed))
+    return as(op.call(as(input, at::kFloat), weight, as(bias, at::kFloat), activation, packed), cast.dtype);
   Tensor output = op.call(cast(input), cast(weight), cast(bias), activation, packed);
   return activation == "softplus" ? widened<DEVICE>(std::move(output)) : output;
 }
@@ -53,6 +65,10 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& b
               IntArrayRef padding, IntArrayRef dilation, int64_t groups, Name activation,
               const OptionalTensor& packed) {
   const Casting<DeviceType::CPU> cast;
+  if (keeps_float(weight, packed))
+    return as(call_conv2d(as(input, at::kFloat), weight, as(bias, at::kFloat), stride, padding, dilation, groups,
+                          activation, packed),
+              cast.dtype);
   return call_conv2d(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups, activation, packed);
 }
 
@@ -94,17 +110,14 @@ std::tuple<Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor
   for (const Tensor& t : {input, hx, cx.value_or(Tensor())}) wide = promoted(wide, t);
   for (const at::TensorList& list : {weights, norms.value_or(at::TensorList())})
     for (const Tensor& t : list) wide = promoted(wide, t);
-  const auto as = [](const Tensor& t, at::ScalarType type) {
-    return at::autocast::is_eligible(t, DeviceType::CPU) ? t.to(type) : t;
-  };
   const auto all = [&](at::TensorList list) {
     std::vector<Tensor> result;
     for (const Tensor& t : list) result.push_back(as(t, wide));
     return result;
   };
   const std::vector<Tensor> own = all(weights), scales = all(norms.value_or(at::TensorList()));
-  auto [output, h_n, c_n] = op.call(as(input, wide), batch_sizes, as(hx, wide), cx ? as(*cx, wide) : cx, own, mode,
-                                    packed, norms ? OptionalTensorList(scales) : norms, zoneout_mask, zoneout);
+  auto [output, h_n, c_n] = op.call(as(input, wide), batch_sizes, as(hx, wide), as(cx, wide), own, mode, packed,
+                                    norms ? OptionalTensorList(scales) : norms, zoneout_mask, zoneout);
 
   // What products make has autocast's dtype; what is added to a state of float32 stays float32.
   const bool sequences = batch_sizes && batch_sizes->defined(), step = input.dim() == 2 && !sequences;
