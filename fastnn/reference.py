@@ -221,7 +221,9 @@ def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequenc
 def _no_autocast(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContextManager:
     """Let a formula compute in the dtypes that it gets: a backward may run inside autocast's region, and the forward cast."""
     device = next(t.device.type for t in tensors if t is not None)
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def vjp(

@@ -304,6 +304,50 @@ def test_every_module_is_here():
     assert rows == set(fnn.__all__)
 
 
+@low_dtypes
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "MultiheadAttention", "GRU"])
+def test_packed_weights_serve_under_autocast(name, low):
+    """Packed once for calls in and out of the region; no weight is cast, and an edit shows."""
+    kind, args, make, kwargs = {
+        "Linear": ("Linear", (64, 96), lambda: (randn(48, 64),), {}),
+        "Conv2d": ("Conv2d", (16, 24, 3), lambda: (randn(2, 16, 10, 10),), {}),
+        "MultiheadAttention": ("MultiheadAttention", (64, 2), lambda: (randn(48, 1, 64),) * 3, {"need_weights": False}),
+        "GRU": ("GRU", (16, 32), lambda: (randn(5, 3, 16),), {}),
+    }[name]
+    fast, x = getattr(fnn, kind)(*args).eval(), make()
+    fastnn.freeze(fast)
+    weights = sorted(p.numel() for p in fast.parameters() if p.dim() > 1)
+    with torch.no_grad():
+        fast(*x, **kwargs)
+        packs = fast._pack[1]
+        kept = {how: id(pack) for how, pack in packs.items()}
+        with autocast(low), torch.profiler.profile(record_shapes=True) as profile:
+            found = _pytree.tree_leaves(fast(*x, **kwargs))[0]
+        cast = [e for e in profile.events() if e.name == "aten::_to_copy"]
+        sizes = [torch.Size(e.input_shapes[0]).numel() for e in cast]
+        assert not set(sizes) & set(weights)
+        assert fast._pack[1] is packs and {how: id(pack) for how, pack in packs.items()} == kept
+        for p in fast.parameters():
+            p.mul_(0.5)
+        with autocast(low):
+            again = _pytree.tree_leaves(fast(*x, **kwargs))[0]
+        expected = _pytree.tree_leaves(fast(*x, **kwargs))[0]
+    assert not torch.equal(again, found)
+    torch.testing.assert_close(again.float(), expected, rtol=0, atol=4 * torch.finfo(low).eps)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_varlen(train):
+    """Sequences of different lengths give what each gives alone, in autocast's dtype."""
+    q = randn(9, 2, 8).requires_grad_(train)
+    ends = torch.tensor([0, 4, 9])
+    with autocast(torch.bfloat16):
+        found = fF.varlen_attn(q, q, q, ends, ends, 5, 5)
+        alone = [fF.scaled_dot_product_attention(*(x.transpose(0, 1),) * 3) for x in q.split([4, 5])]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.cat([x.transpose(0, 1) for x in alone]))
+
+
 def test_padding_under_autocast():
     """No nested tensor, so no zeros at padded positions: what torch does on every device but, by mistake, the CPU."""
     layer = fnn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
