@@ -29,7 +29,9 @@ def shard_positions(length: int, *, zigzag: bool = False, group: dist.ProcessGro
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     pieces = 2 * size if zigzag else size
     if length % pieces != 0:
-        raise ValueError(f"fastnn.shard_positions: length must be a multiple of {pieces}; got {length}. Pad the sequence.")
+        raise ValueError(
+            f"fastnn.shard_positions: length must be a multiple of {pieces}; got {length}. Pad the sequence."
+        )
     parts = torch.arange(length).chunk(pieces)
     return torch.cat([parts[rank], parts[-1 - rank]]) if zigzag else parts[rank]
 
@@ -76,7 +78,9 @@ def ring_attention(
         Brandon et al., Striped Attention, arXiv 2311.09431, and the llama 3 report, arXiv 2407.21783.
     """
     reason = _fallback.why_not(query, key, value, op="attention")
-    torch._check(reason is None, lambda: f"fastnn.ring_attention: query, key and value must have a kernel; got: {reason}.")
+    torch._check(
+        reason is None, lambda: f"fastnn.ring_attention: query, key and value must have a kernel; got: {reason}."
+    )
     length, positions = query.shape[-2], key.shape[-2]
     torch._check(
         not is_causal or length == positions,
