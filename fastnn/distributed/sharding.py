@@ -139,7 +139,9 @@ def _attention_rows(query, key, value, attn_mask, is_causal: bool, enable_gqa: b
             ways, whole_groups = _ways(query, key, value), {sizes[0], *(size for size in sizes[1:] if size > 1)}
             if any(size % ways for size in whole_groups):
                 continue
-            placements = [Shard(t.ndim - 3) if size > 1 else whole for t, size in zip((query, key, value), sizes)]
+            placements = [
+                Shard(t.ndim - 3) if size > 1 else whole for t, size in zip((query, key, value), sizes, strict=True)
+            ]
         else:
             placements = [_along(t, back, max(sizes)) for t in (query, key, value)]
         yield *placements, _along(attn_mask, back, max(sizes)), Shard(lead - back), back
