@@ -35,10 +35,10 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path += [
     str(folder) for folder in Path(__file__).resolve().parents[1:3]
 ]  # the other examples; fastnn, if not installed
-from transformer import ALPHABET, library_source  # noqa: E402
+from transformer import ALPHABET, library_source
 
-import fastnn  # noqa: E402
-from fastnn.distributed import ring_attention, shard_positions  # noqa: E402
+import fastnn
+from fastnn.distributed import ring_attention, shard_positions
 
 WIDTH, HEAD_DIM, DEPTH = 128, 32, 4
 LENGTH, BATCH = 64, 8

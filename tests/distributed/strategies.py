@@ -39,7 +39,9 @@ def compare(ours, stock, tensors, placements, at, expected=None):
     grad = torch.randn_like(want)
     assert isinstance(found, DTensor)
     want = [want, *torch.autograd.grad(want, [t for t in whole if t is not None and t.requires_grad], grad)]
-    found_grads = torch.autograd.grad(found.full_tensor(), [t for t in shards if t is not None and t.requires_grad], grad)
+    found_grads = torch.autograd.grad(
+        found.full_tensor(), [t for t in shards if t is not None and t.requires_grad], grad
+    )
     found = [found, *found_grads]
     if expected is not None:
         expected = [p if isinstance(p, tuple) else (p,) for p in expected]
@@ -81,7 +83,7 @@ def linear_on_shards():
             compare(ours, torchs, tensors, placements, at, expected)
         compare(ours, torchs, tensors[:2], (S(2), S(1)), at, (whole_sum, S(2), S(1)))
         compare(ours, torchs, (rand(6, 5), rand(7, 5), rand(7)), (S(0), R, R), at, (S(0), S(0), P, P))  # uneven
-        compare(ours, torchs, (rand(4, 8), rand(8), rand()), (S(0), R, R), at)  # a weight of one dimension
+        compare(ours, torchs, (rand(4, 8), rand(8)), (S(0), R), at)  # a weight of one dimension
         compare(ours, torchs, (rand(4, 8), rand(12, 8), rand(1)), (R, S(0), R), at)  # a broadcast bias
 
 
@@ -115,7 +117,9 @@ def attention_on_shards():
         compare(ours, stock, tensors, (S(1), keys, keys), at, heads)
         compare(ours, stock, tensors, (S(2), R, R), at, None if is_causal else (S(2), S(2), P, P))
         compare(ours, stock, tensors, (S(3),) * 3, at)
-    compare(functional.scaled_dot_product_attention, F.scaled_dot_product_attention, (q, k[:1], v[:1]), (S(0), R, R), at)
+    compare(
+        functional.scaled_dot_product_attention, F.scaled_dot_product_attention, (q, k[:1], v[:1]), (S(0), R, R), at
+    )
 
 
 def attention_with_a_mask_on_shards():
