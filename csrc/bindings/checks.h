@@ -84,16 +84,17 @@ inline bool transformed(py::handle h) {
          (THPVariable_Check(h.ptr()) && THPVariable_Unpack(h.ptr())._fw_grad(0).defined());
 }
 
-// A tensor whose class overrides __torch_function__ belongs to its class, not to a kernel.
+// A tensor of torch's own two classes, or of another that Python says the ops serve: one that overrides
+// __torch_function__ belongs to its class, not to a kernel.
 inline bool plain(py::handle h) {
   if (transformed(h)) return false;
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
   if (h.is_none() || type == THPVariableClass || !THPVariable_Check(h.ptr())) return true;
   static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
   if (type == parameter) return true;
-  static PyObject* const disabled =
-      py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
-  return py::object(py::handle(type).attr("__torch_function__")).ptr() == disabled;
+  static PyObject* const takes_class =
+      py::object(py::module_::import("fastnn._fallback").attr("takes_class")).release().ptr();
+  return py::handle(takes_class)(py::handle(type)).cast<bool>();
 }
 
 inline const Tensor& tensor_argument(const char* op, const char* name, py::handle h) {
