@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from fastnn import _fallback
 from fastnn.served import SERVED
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 class patch(TorchFunctionMode):
     """Serve the calls of torch's functions inside a block, or a decorated function, by fastnn's kernels.
@@ -53,7 +55,7 @@ class patch(TorchFunctionMode):
             return func(*args, **kwargs)
         last.passing, last.reason = True, None
         try:
-            if any(t is not torch.Tensor for t in types):
+            if any(t not in _PLAIN for t in types):
                 result, last.reason = NotImplemented, "a tensor subclass goes to its class"
             else:
                 result = serve(*args, **kwargs)
