@@ -91,6 +91,7 @@ def _einsum(equation, *operands):
 
 
 WORTH = 2**18  # multiply-adds of a product: with fewer, the call costs more than the kernel saves
+WORTH_A_GRADIENT = 2**22  # the nodes of the two transposes add to it
 
 
 def _product(input, other, bias=None):
@@ -100,7 +101,8 @@ def _product(input, other, bias=None):
     inputs, elements = input.numel(), other.numel()
     if type(inputs) is int and type(elements) is int:  # of symbolic sizes nothing is asked
         rows = inputs // max(other.shape[0], 1)
-        if rows * elements < WORTH:
+        wanted = torch.is_grad_enabled() and (input.requires_grad or other.requires_grad)
+        if rows * elements < (WORTH_A_GRADIENT if wanted else WORTH):
             return _not("too small to be worth the call")
         if rows < 3 and other.dim() == 2 and other.stride(0) != 1:
             return _not("one or two rows by a matrix that a kernel would pack first")

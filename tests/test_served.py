@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
     monkeypatch.setattr(served, "WORTH", 0)
+    monkeypatch.setattr(served, "WORTH_A_GRADIENT", 0)
 
 
 def weights(mode: str, layers: int = 1, directions: int = 1, biases: bool = True, projected: int = 0, size: int = 5):
