@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,10 +20,20 @@ class _Last(threading.local):
     """The last call of this thread."""
 
     reason: str | None = None  # why it went to torch, for who set it to None before
-    passing = False  # whether a fastnn.patch is at it: others let it pass
+    passing = False  # whether every fastnn.patch is to let calls pass
 
 
 last = _Last()
+
+
+@contextmanager
+def unpatched() -> Iterator[None]:
+    """Let torch's own functions compute, inside a :class:`fastnn.patch`, too. Also a decorator."""
+    before, last.passing = last.passing, True
+    try:
+        yield
+    finally:
+        last.passing = before
 
 
 def set_fallback(mode: str) -> None:

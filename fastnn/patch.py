@@ -80,7 +80,9 @@ class patch(TorchFunctionMode):
         the graph stand for the tensors where torch takes them.
         """
         given = [(x,) if isinstance(x, (torch.Tensor, GradientEdge)) else tuple(x) for x in (outputs, *inputs)]
-        takes_edges = options.get("inputs") is None and not options.get("materialize_grads")
+        takes_edges = (
+            options.get("inputs") is None and not options.get("materialize_grads") and not _fallback.last.passing
+        )
         if not takes_edges or not all(type(t) in _PLAIN and t.requires_grad for tensors in given for t in tensors):
             return func(outputs, *inputs, **options)
         if func is torch.Tensor.backward:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn._fallback import unpatched
+
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,
@@ -217,6 +219,7 @@ def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequenc
     return (word >= min(int(dropout_p * 2**32), low)).reshape(shape)
 
 
+@unpatched()
 def vjp(
     f: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
@@ -241,6 +244,7 @@ def vjp(
     return tuple(next(found) if want else None for want in wanted)
 
 
+@unpatched()  # served, the formula of a derivative would ask for itself
 def vjp_of_vjp(
     f: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
