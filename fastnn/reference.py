@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn._fallback import unpatched
+
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": F.relu,
@@ -226,6 +228,7 @@ def _no_autocast(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContext
     )
 
 
+@unpatched()
 def vjp(
     f: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
@@ -250,6 +253,7 @@ def vjp(
     return tuple(next(found) if want else None for want in wanted)
 
 
+@unpatched()  # served, the formula of a derivative would ask for itself
 def vjp_of_vjp(
     f: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
