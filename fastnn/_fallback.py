@@ -99,5 +99,6 @@ def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[
         )
     if not torch.compiler.is_compiling():
         calls[(op, reason)] += 1
+    if not torch.compiler.is_dynamo_compiling():  # a trace by other means keeps the reason: fastnn.rewrite asks for it
         last.reason = reason
     return call()

@@ -23,7 +23,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def _not(reason: str) -> Any:
     """NotImplemented, and the reason for whoever counts."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _fallback.last.reason = reason
     return NotImplemented
 
