@@ -25,9 +25,9 @@ class patch(TorchFunctionMode):
     ...     output = model(input)
     >>> print(p)
 
-    For code that calls ``F.linear``, ``torch.matmul``, ``F.conv2d``, ``F.scaled_dot_product_attention``, ``torch.lstm``
-    and the other functions of ``fastnn.served.SERVED`` itself, by a library's own modules, which :func:`fastnn.accelerate`
-    does not know. Nothing is changed in torch: the block is a ``TorchFunctionMode``, and counts for the thread that
+    For libraries with modules of their own, which :func:`fastnn.accelerate` does not know: they call ``F.linear``,
+    ``torch.matmul``, ``F.conv2d``, ``F.scaled_dot_product_attention``, ``torch.lstm`` and the other functions of
+    ``fastnn.served.SERVED`` themselves. Nothing is changed in torch: the block is a ``TorchFunctionMode``, and counts for the thread that
     entered it. Of nested blocks the inner one serves and counts. A backward needs no block, but where it runs a forward
     again (``torch.utils.checkpoint``) it belongs into the same one.
 
@@ -51,8 +51,11 @@ class patch(TorchFunctionMode):
             if func in _BACKWARD and not torch.compiler.is_compiling():
                 return self._backward(func, *args, **(kwargs or {}))
             return func(*args, **kwargs) if kwargs else func(*args)
+        subclass = False
+        for t in types:
+            subclass = subclass or t not in _PLAIN
         if torch.compiler.is_compiling():
-            result = serve(*args, **kwargs) if kwargs else serve(*args)
+            result = NotImplemented if subclass else serve(*args, **(kwargs or {}))
             if result is NotImplemented:
                 result = func(*args, **kwargs) if kwargs else func(*args)
             return result
@@ -61,10 +64,8 @@ class patch(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         last.passing, last.reason = True, None
         try:
-            for t in types:
-                if t not in _PLAIN:
-                    result, last.reason = NotImplemented, "a tensor subclass goes to its class"
-                    break
+            if subclass:
+                result, last.reason = NotImplemented, "a tensor subclass goes to its class"
             else:
                 result = serve(*args, **kwargs) if kwargs else serve(*args)
             if result is NotImplemented:
