@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     return None
 
 
-def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor], reason: str = ""):
+def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], Any], reason: str = ""):
     """Serve ``op`` by torch through ``call``, or raise under ``set_fallback("error")``."""
     reason = reason or why_not(*tensors, op=op) or "tensor subclass has no kernel"
     if _mode == "error":

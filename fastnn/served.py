@@ -96,8 +96,10 @@ WORTH_A_GRADIENT = 2**22  # the nodes of the two transposes add to it
 
 def _product(input, other, bias=None):
     """input @ other + bias: linear, the weight being ``other`` transposed."""
-    if input.dtype not in _FLOATING or input.dtype != other.dtype:
-        return _not("not of one floating dtype")
+    if input.dtype not in _FLOATING or other.dtype not in _FLOATING:
+        return _not("not of a floating dtype")
+    if input.dtype != other.dtype and not torch.is_autocast_enabled(input.device.type):
+        return _not("not of one dtype")
     inputs, elements = input.numel(), other.numel()
     if type(inputs) is int and type(elements) is int:  # of symbolic sizes nothing is asked
         rows = inputs // max(other.shape[0], 1)

@@ -87,7 +87,7 @@ def multi_head_attention_forward(
     if static_k is not None or static_v is not None:
         if batch_first:
             raise RuntimeError(_text("batch_first", "be False with static_k or static_v", batch_first))
-        args = (query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v)
+        args: tuple = (query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v)
         args += (add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training, key_padding_mask, need_weights)
         args += (attn_mask, use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, static_k, static_v)
         return fallback(
@@ -100,13 +100,14 @@ def multi_head_attention_forward(
     batch_first = batch_first or not is_batched
     _check(query, key, value, embed_dim_to_check, num_heads, use_separate_proj_weight, batch_first)
     _check_masks(query, key, num_heads, key_padding_mask, attn_mask, is_causal, batch_first)
+    projections: tuple[Tensor | None, ...]
     if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        projections = (q_proj_weight, k_proj_weight, v_proj_weight)
     elif in_proj_weight is None:
         raise AssertionError(_text("in_proj_weight", "be given without use_separate_proj_weight", None))
     else:
-        weights = (in_proj_weight,)
-    projected = _in_projection(query, key, value, weights, in_proj_bias, packed[0])
+        projections = (in_proj_weight,)
+    projected = _in_projection(query, key, value, projections, in_proj_bias, packed[0])
     heads = (x if is_batched else x.unsqueeze(0) for x in projected)
     heads = (x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)) for x in heads)
     q, k, v = (x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3) for x in heads)
