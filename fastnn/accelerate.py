@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import _fallback, huggingface, trace
+from fastnn import _fallback, flops, huggingface, trace
 from fastnn.freeze import _BEFORE
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
@@ -222,12 +222,15 @@ class Explanation:
     """What fastnn serves in a model, by module; prints as a table.
 
     Iterating yields :class:`Row`. ``calls_by_torch`` counts, for the whole process, the calls that no kernel served:
-    ``{(op, reason): count}``.
+    ``{(op, reason): count}``. ``flops`` and ``share`` are None unless ``explain`` was given the arguments of a call.
     """
 
-    def __init__(self, rows: list[Row], attention: list[str]):
+    def __init__(self, rows: list[Row], attention: list[str], counts: dict[str, int] | None = None):
         self.rows = rows
         self.attention = attention
+        self.flops = counts
+        self.share = None if counts is None else flops.share(counts)
+        self._flops = [] if counts is None else flops.table(counts)
         self.calls_by_torch = Counter(_fallback.calls)
 
     def __iter__(self) -> Iterator[Row]:
@@ -245,7 +248,7 @@ class Explanation:
         lines += [f"{n} {k} left to torch: {self._first_reason(k)}" for k, n in kinds.items() if not served[k]]
         if fused:
             lines.append(", ".join(f"{n} modules {what} into the kernel before them" for what, n in fused.items()))
-        return "\n".join(lines + self.attention)
+        return "\n".join(lines + self.attention + self._flops)
 
     def _first_reason(self, kind: str) -> str:
         return next(r.note for r in self.rows if r.kind == kind)
@@ -256,26 +259,30 @@ class Explanation:
         widths = [max(len(c[i]) for c in cells) for i in range(3)]
         lines = ["  ".join([*(c[i].ljust(widths[i]) for i in range(3)), c[3]]).rstrip() for c in cells]
         lines.insert(1, "  ".join("-" * w for w in [*widths, 4]))
-        lines += self.attention
+        lines += self.attention + self._flops
         lines += [f"{n} calls of {op} went to torch: {why}" for (op, why), n in sorted(self.calls_by_torch.items())]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Tell what fastnn serves in a model, what not, and why.
 
     Args:
         model: any module, accelerated or not.
+        *args, **kwargs: arguments of a call. With any, the model is called once, without gradients, and its FLOPs are
+            counted: see :func:`fastnn.flops.measure`.
 
     Returns:
-        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused.
+        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused. After a
+        call, ``share`` is fastnn's part of the FLOPs (0 … 1), and ``flops`` counts them by operator.
 
     Raises:
         TypeError: if ``model`` is no module.
     """
     _check_module("explain", model)
+    counts = flops.measure(model, args, kwargs) if args or kwargs else None
     notes = _freeze_notes(model)
     names: dict[int, list[str]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
@@ -296,7 +303,7 @@ def explain(model: nn.Module) -> Explanation:
             if not why and m._parameters:
                 why = f"fastnn has no {cls.__name__}"
             rows.append(Row(name, cls.__name__, False, "; ".join(s for s in (why, note) if s)))
-    return Explanation(rows, list(_attention(model)))
+    return Explanation(rows, list(_attention(model)), counts)
 
 
 def _attention(model: nn.Module) -> Iterator[str]:
