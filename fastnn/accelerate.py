@@ -99,7 +99,7 @@ def _plan(module: nn.Module) -> tuple[type, dict[str, Any]] | str | None:
 
 def _attributes(fast: type) -> dict[str, Any]:
     """Return what a module of fastnn has and torch's has not."""
-    return {"activation": None} if issubclass(fast, (fastnn.nn.Linear, fastnn.nn.Conv2d)) else {}
+    return {"activation": None} if issubclass(fast, (fastnn.nn.Linear, fastnn.nn.Conv1d, fastnn.nn.Conv2d)) else {}
 
 
 def _set_class(module: nn.Module, cls: type) -> None:

@@ -83,7 +83,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_kernel(module: nn.Module) -> bool:
-    return isinstance(module, (fastnn.nn.Linear, fastnn.nn.Conv2d))
+    return isinstance(module, (fastnn.nn.Linear, fastnn.nn.Conv1d, fastnn.nn.Conv2d))
 
 
 def _is_producer(module: nn.Module) -> bool:

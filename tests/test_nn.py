@@ -31,6 +31,7 @@ class Spec(NamedTuple):
 LAYER = {"dim_feedforward": 16, "dropout": 0.0, "batch_first": True}
 SPECS = {
     "Linear": Spec((5, 3), {}, ((4, 5),)),
+    "Conv1d": Spec((4, 6, 3), {"padding": 1, "groups": 2}, ((2, 4, 7),)),
     "Conv2d": Spec((4, 6, 3), {"padding": 1, "groups": 2}, ((2, 4, 7, 5),)),
     "RNN": Spec((5, 6), {"num_layers": 2, "bidirectional": True}, ((3, 2, 5), (4, 2, 6))),
     "GRU": Spec((5, 6), {"num_layers": 2, "batch_first": True}, ((2, 3, 5), (2, 2, 6))),
