@@ -9,8 +9,20 @@ try:
     from fastnn._fallback import get_fallback, set_fallback
     from fastnn.accelerate import accelerate, explain, restore
     from fastnn.freeze import freeze
+    from fastnn.patch import patch
 except ImportError:
     if not (sys.argv[:1] == ["-m"] and "fastnn.info" in sys.orig_argv):  # that one runs to tell why
         raise
 
-__all__ = ["accelerate", "backends", "explain", "freeze", "functional", "get_fallback", "nn", "restore", "set_fallback"]
+__all__ = [
+    "accelerate",
+    "backends",
+    "explain",
+    "freeze",
+    "functional",
+    "get_fallback",
+    "nn",
+    "patch",
+    "restore",
+    "set_fallback",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +13,16 @@ from fastnn._library import _C
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _mode = "torch"
 calls: Counter[tuple[str, str]] = Counter()  # (op, reason) -> how often torch served it
+
+
+class _Last(threading.local):
+    """The last call of this thread."""
+
+    reason: str | None = None  # why it went to torch, for who set it to None before
+    passing = False  # whether a fastnn.patch is at it: others let it pass
+
+
+last = _Last()
 
 
 def set_fallback(mode: str) -> None:
@@ -51,13 +62,14 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     return None
 
 
-def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor]):
+def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor], reason: str = ""):
     """Serve ``op`` by torch through ``call``, or raise under ``set_fallback("error")``."""
-    reason = why_not(*tensors, op=op) or "tensor subclass has no kernel"
+    reason = reason or why_not(*tensors, op=op) or "tensor subclass has no kernel"
     if _mode == "error":
         raise RuntimeError(
             f"fastnn.{op}: no kernel takes this input: {reason}. Call fastnn.set_fallback('torch') to let torch serve it."
         )
     if not torch.compiler.is_compiling():
         calls[(op, reason)] += 1
+        last.reason = reason
     return call()
