@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import _fallback, flops, huggingface, trace
+from fastnn import _fallback, calls, flops, huggingface, trace
 from fastnn.freeze import _BEFORE
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
@@ -28,7 +28,7 @@ _FAST: dict[type, type] = {
     getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__ if hasattr(nn, name)
 }
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
-_OWN = tuple(set(_FAST.values()))
+_OWN = (calls.Calls, *set(_FAST.values()))
 # The op that a family's kernels belong to, where it has some for CUDA too.
 _OPS = {nn.Linear: "linear", NonDynamicallyQuantizableLinear: "linear", nn.MultiheadAttention: "attention"}
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
@@ -56,7 +56,10 @@ def _fast_subclass(stock: type, fast: type) -> type:
     def reduce(self, protocol):
         return (_blank, (stock, fast), *super(cls, self).__reduce_ex__(protocol)[2:])
 
-    cls = type(stock.__name__, (fast, stock), {"__module__": stock.__module__, "__reduce_ex__": reduce})
+    own = {"__module__": stock.__module__, "__reduce_ex__": reduce}
+    if fast is calls.Calls:
+        own["forward"] = calls.inside(stock.forward)
+    cls = type(stock.__name__, (fast, stock), own)
     return cls
 
 
@@ -74,27 +77,41 @@ def _plan(module: nn.Module) -> tuple[type, dict[str, Any]] | str | None:
     """Say what a module becomes (class, attributes), or why nothing, or None where fastnn has no such kind."""
     cls = parametrize.type_before_parametrizations(module)
     family = _family(cls)
-    if family is None:
-        return None
     if isinstance(module, _OWN):
         return "fastnn's own"
+    if family is None:
+        return _plan_calls(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run the model once, then accelerate it"
     reason = _fallback.why_not(*module.parameters(recurse=False), op=_OPS.get(family, ""))
     if reason:
         return reason
-    if cls in _FAST:
-        return _FAST[cls], _attributes(_FAST[cls])
+    attributes = _attributes(_FAST[family])
+    taken = [name for name in attributes if hasattr(module, name)]  # the user's own, for whatever it is
+    if cls in _FAST and not taken:
+        return _FAST[cls], attributes
     if parametrize.is_parametrized(module):
         return f"{cls.__name__} is a parametrized subclass of {family.__name__}"
-    if issubclass(cls, nn.Linear) and trace.plain_linear(module):
+    if not taken and issubclass(cls, nn.Linear) and trace.plain_linear(module):
         return _fast_subclass(cls, fastnn.nn.Linear), _attributes(fastnn.nn.Linear)
-    if issubclass(cls, nn.Conv2d):
+    if not taken and issubclass(cls, nn.Conv2d):
         zeros = trace.padded_conv2d(module)
         if zeros is not None:
             fast = PaddedConv2d if any(zeros) else fastnn.nn.Conv2d
             return _fast_subclass(cls, fast), _attributes(fast) | ({"_zeros": zeros} if any(zeros) else {})
-    return f"{cls.__name__} overrides torch.nn.{family.__name__}: its forward may do something else"
+    return _plan_calls(module) or (
+        f"{cls.__name__} overrides torch.nn.{family.__name__}: its forward may do something else"
+    )
+
+
+def _plan_calls(module: nn.Module) -> tuple[type, dict[str, Any]] | None:
+    """Say what a module becomes whose own calls of torch's functions are served, None where it makes none."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.") and cls not in _FAST:
+        return None
+    if parametrize.is_parametrized(module) or not calls.functions(cls):
+        return None
+    return _fast_subclass(cls, calls.Calls), {}
 
 
 def _attributes(fast: type) -> dict[str, Any]:
@@ -163,11 +180,10 @@ def accelerate(
     plans = []
     for name, m in model.named_modules():
         m.__dict__.pop(_REASON, None)
-        if filter_fn is not None and _family(type(m)) and not filter_fn(m, name):
-            m.__dict__[_REASON] = "filter_fn said no"
-            continue
         plan = _plan(m)
-        if isinstance(plan, tuple):
+        if filter_fn is not None and (_family(type(m)) or isinstance(plan, tuple)) and not filter_fn(m, name):
+            m.__dict__[_REASON] = "filter_fn said no"
+        elif isinstance(plan, tuple):
             plans.append((m, *plan))
     for m, cls, attributes in plans:
         stock = parametrize.type_before_parametrizations(m)
@@ -293,6 +309,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         cls = parametrize.type_before_parametrizations(m)
         if len(names[id(m)]) > 1:
             note = "; ".join([note, "also " + ", ".join(names[id(m)][1:])]).lstrip("; ")
+        if isinstance(m, calls.Calls):
+            note = "; ".join([*calls.functions(type(m)), note]).rstrip("; ")
         if isinstance(m, _OWN):
             rows.append(Row(name, m.__dict__.get(_STOCK, (cls,))[0].__name__, True, note))
         elif note.startswith(("folded", "fused")):
