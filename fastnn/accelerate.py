@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import fastnn.nn
 from fastnn import _fallback, calls, flops, huggingface, trace
-from fastnn.freeze import _BEFORE
+from fastnn.freeze import _BEFORE, PRODUCERS
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
@@ -28,7 +28,7 @@ _FAST: dict[type, type] = {
     getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__ if hasattr(nn, name)
 }
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
-_OWN = (calls.Calls, *set(_FAST.values()))
+_OWN = (calls.Calls, huggingface.Conv1D, *set(_FAST.values()))
 # The op that a family's kernels belong to, where it has some for CUDA too.
 _OPS = {nn.Linear: "linear", NonDynamicallyQuantizableLinear: "linear", nn.MultiheadAttention: "attention"}
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
@@ -79,6 +79,8 @@ def _plan(module: nn.Module) -> tuple[type, dict[str, Any]] | str | None:
     family = _family(cls)
     if isinstance(module, _OWN):
         return "fastnn's own"
+    if huggingface.is_conv1d(cls) and not _fallback.why_not(*module.parameters(recurse=False), op="linear"):
+        return _fast_subclass(cls, huggingface.Conv1D), _attributes(huggingface.Conv1D)
     if family is None:
         return _plan_calls(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -116,7 +118,7 @@ def _plan_calls(module: nn.Module) -> tuple[type, dict[str, Any]] | None:
 
 def _attributes(fast: type) -> dict[str, Any]:
     """Return what a module of fastnn has and torch's has not."""
-    return {"activation": None} if issubclass(fast, (fastnn.nn.Linear, fastnn.nn.Conv1d, fastnn.nn.Conv2d)) else {}
+    return {"activation": None} if issubclass(fast, PRODUCERS) else {}
 
 
 def _set_class(module: nn.Module, cls: type) -> None:

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import trace
+from fastnn import huggingface, trace
 from fastnn.nn._frozen import Fold
 
 _NOTE = "_fastnn_note"  # on a module: what freeze did with it, or why not
+PRODUCERS = (fastnn.nn.Linear, fastnn.nn.Conv1d, fastnn.nn.Conv2d, huggingface.Conv1D)  # what applies activations
 _BEFORE = "_fastnn_before"  # on a folded batch norm or fused activation: the class it had
 
 _ACTIVATIONS: dict[str, tuple[str, Callable[[nn.Module], bool]]] = {
@@ -83,7 +84,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_kernel(module: nn.Module) -> bool:
-    return isinstance(module, (fastnn.nn.Linear, fastnn.nn.Conv1d, fastnn.nn.Conv2d))
+    return isinstance(module, PRODUCERS)
 
 
 def _is_producer(module: nn.Module) -> bool:
