@@ -27,8 +27,8 @@ def text(**more):
     return {"input_ids": ids(), "attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3]), **more}
 
 
-def image():
-    return {"pixel_values": torch.randn(2, 3, 32, 32)}
+def image(count=2):
+    return {"pixel_values": torch.randn(count, 3, 32, 32)}
 
 
 def clip():
@@ -113,7 +113,7 @@ MODELS = {
     ),
     "MobileNetV2": (
         lambda: tf.MobileNetV2Model(tf.MobileNetV2Config(depth_multiplier=0.25, image_size=32, output_stride=8)),
-        image,
+        lambda: image(8),
     ),
     "ConvNeXt": (
         lambda: tf.ConvNextModel(tf.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2)),

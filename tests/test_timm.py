@@ -1,0 +1,41 @@
+"""timm's models, small ones, through fastnn.accelerate."""
+
+import pytest
+import torch
+
+from tests import models
+
+timm = pytest.importorskip("timm")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of timm, about itself
+]
+
+VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+MODELS = {
+    "ResNet": ("resnet18", {"channels": (16, 16, 32, 32)}, 64),
+    "EfficientNet": ("test_efficientnet", {}, 64),
+    "MobileNetV3 (SAME padding)": ("tf_mobilenetv3_small_minimal_100", {}, 64),
+    "ViT (fused attention)": ("vit_tiny_patch16_224", VIT, 32),
+    "BEiT (relative bias)": ("beit_base_patch16_224", VIT, 32),
+    "EVA-02 (rotary)": ("eva02_tiny_patch14_224", {**VIT, "img_size": 28, "patch_size": 7}, 28),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN, 32),
+    "ConvNeXt": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)}, 64),
+    "NFNet (standardized weights)": ("test_nfnet", {}, 64),
+}
+
+
+def build(name):
+    variant, options, size = MODELS[name]
+    model = timm.create_model(variant, pretrained=False, num_classes=10, **options)
+    return models.lively(model), {"x": torch.randn(4, 3, size, size)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, id=n.split(" ")[0], marks=pytest.mark.works("Models", n, package="timm")) for n in MODELS],
+)
+def test_model(name, record_property):
+    share = models.check(*build(name))
+    record_property("FLOPs served", f"{100 * share:.0f} %")
