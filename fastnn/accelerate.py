@@ -317,8 +317,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             rows.append(Row(name, m.__dict__.get(_STOCK, (cls,))[0].__name__, True, note))
         elif note.startswith(("folded", "fused")):
             rows.append(Row(name, m.__dict__[_BEFORE].__name__, True, note))
-        elif note or _family(cls) or m._parameters:
-            plan = m.__dict__.get(_REASON) or _plan(m)
+        elif (plan := m.__dict__.get(_REASON) or _plan(m)) or note or m._parameters:
             why = plan if isinstance(plan, str) else "not accelerated" if plan else ""
             if not why and m._parameters:
                 why = f"fastnn has no {cls.__name__}"

@@ -56,11 +56,6 @@ def _attention_backward(grad_output, grad_lse, query, key, value, *rest, **kwarg
     return 2 * prod(grad_output[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
-def _attention_weights_backward(grad_weights, query, key, *rest, **kwargs) -> int:
-    # Three: the scores again, and the gradients of query and key.
-    return 2 * prod(query[:-1]) * key[-2] * 3 * query[-1]
-
-
 def _rnn(input: Shape, batch_sizes, hx: Shape, cx, weights: Sequence[Shape], *rest, **kwargs) -> int:
     return 2 * prod(input[:-1]) * sum(prod(w) for w in weights if len(w) == 2)
 
@@ -96,7 +91,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
         ops.attention: _attention,
         ops.attention_backward: _attention_backward,
         ops.attention_weights: _attention,
-        ops.attention_weights_backward: _attention_weights_backward,
         ops.rnn: _rnn,
         ops.rnn_train: _rnn,
         ops.rnn_backward: _rnn_backward,
@@ -154,13 +148,15 @@ def _uncounted() -> dict[Any, Callable[..., int]]:
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Undo what a run leaves behind: random numbers drawn, and the statistics that modules in training keep."""
-    buffers = [(b, b._version, b.clone()) for m in model.modules() if m.training for b in m.buffers(recurse=False)]
+    buffers = [(b, b.clone()) for m in model.modules() if m.training for b in m.buffers(recurse=False)]
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices=gpus):
-        yield
-        for buffer, version, kept in buffers:
-            if buffer._version != version:
-                buffer.copy_(kept)
+        try:
+            yield
+        finally:
+            for buffer, kept in buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
 
 
 def measure(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
