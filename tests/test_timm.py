@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}
-SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+SWIN = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "drop_path_rate": 0.0}
 MODELS = {
     "ResNet": ("resnet18", {"channels": (16, 16, 32, 32)}, 64),
     "EfficientNet": ("test_efficientnet", {}, 64),
