@@ -1,5 +1,6 @@
 """fastnn: hand-written kernels for linear, conv2d, rnn and attention, as drop-in functions and modules for PyTorch."""
 
+import importlib
 import sys
 
 __version__ = "0.1.0"
@@ -26,3 +27,10 @@ __all__ = [
     "restore",
     "set_fallback",
 ]
+
+
+def __getattr__(name: str):
+    """``fastnn.compile``, the backend of torch.compile, is imported when it is asked for: it imports Dynamo."""
+    if name == "compile":
+        return importlib.import_module("fastnn.compile")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

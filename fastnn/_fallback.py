@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,10 +21,20 @@ class _Last(threading.local):
     """The last call of this thread."""
 
     reason: str | None = None  # why it went to torch, for who set it to None before
-    passing = False  # whether a fastnn.patch is at it: others let it pass
+    passing = False  # whether every fastnn.patch is to let calls pass
 
 
 last = _Last()
+
+
+@contextmanager
+def unpatched() -> Iterator[None]:
+    """Let torch's own functions compute, inside a :class:`fastnn.patch`, too. Also a decorator."""
+    before, last.passing = last.passing, True
+    try:
+        yield
+    finally:
+        last.passing = before
 
 
 def set_fallback(mode: str) -> None:
@@ -45,8 +57,24 @@ def get_fallback() -> str:
     return _mode
 
 
+def takes_class(cls: type) -> bool:
+    """Whether tensors of this subclass go to the ops: those whose class leaves calls to the dispatcher, as DTensor does."""
+    if cls.__torch_function__ is not torch._C._disabled_torch_function_impl:
+        return False
+    _tell_dtensor()
+    return True
+
+
+def _tell_dtensor() -> None:
+    """Give DTensor the rules of the ops, once somebody has imported it."""
+    if "torch.distributed.tensor" in sys.modules:
+        import fastnn.distributed.sharding  # noqa: F401
+
+
 def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     """Say why no kernel takes these tensors, or None when one does; ``op`` may have kernels for CUDA too."""
+    if torch.compiler.is_compiling():
+        _tell_dtensor()  # tracing passes by takes_class
     devices = ("cpu", "meta", "cuda") if op in _C.cuda_ops else ("cpu", "meta")
     for t in tensors:
         if t is None:
@@ -71,5 +99,6 @@ def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[
         )
     if not torch.compiler.is_compiling():
         calls[(op, reason)] += 1
+    if not torch.compiler.is_dynamo_compiling():  # a trace by other means keeps the reason: fastnn.rewrite asks for it
         last.reason = reason
     return call()

@@ -11,7 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -23,6 +23,9 @@ from fastnn.freeze import _BEFORE, PRODUCERS
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
+
+if TYPE_CHECKING:
+    from fastnn.compile import CompiledExplanation
 
 _FAST: dict[type, type] = {
     getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__ if hasattr(nn, name)
@@ -284,21 +287,29 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+def explain(model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Explanation | CompiledExplanation:
     """Tell what fastnn serves in a model, what not, and why.
 
     Args:
-        model: any module, accelerated or not.
+        model: any module, accelerated or not; or one that ``torch.compile`` made or compiled with ``backend="fastnn"``, after
+            its first call. None: every graph that the backend compiled in this process, those of functions too.
         *args, **kwargs: arguments of a call. With any, the model is called once, without gradients, and its FLOPs are
-            counted: see :func:`fastnn.flops.measure`.
+            counted: see :func:`fastnn.flops.measure`. Not with what was compiled.
 
     Returns:
         A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused. After a
-        call, ``share`` is fastnn's part of the FLOPs (0 … 1), and ``flops`` counts them by operator.
+        call, ``share`` is fastnn's part of the FLOPs (0 … 1), and ``flops`` counts them by operator. Of what was compiled a
+        list, or to iterate over by :class:`fastnn.rewrite.Report`: every graph.
 
     Raises:
         TypeError: if ``model`` is no module.
     """
+    if model is None or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        from fastnn.compile import compiled_graphs  # not at the top: it imports Dynamo
+
+        if args or kwargs:
+            raise TypeError("fastnn.explain: args must be empty for what was compiled. Explain the model before it is.")
+        return compiled_graphs(model)
     _check_module("explain", model)
     counts = flops.measure(model, args, kwargs) if args or kwargs else None
     notes = _freeze_notes(model)

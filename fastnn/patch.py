@@ -8,10 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fastnn import _fallback
 from fastnn.served import SERVED
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_BACKWARD = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 class patch(TorchFunctionMode):
@@ -43,6 +47,8 @@ class patch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         serve = SERVED.get(func)
         if serve is None:
+            if func in _BACKWARD and not torch.compiler.is_compiling():
+                return self._backward(func, *args, **(kwargs or {}))
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
@@ -53,7 +59,7 @@ class patch(TorchFunctionMode):
             return func(*args, **kwargs)
         last.passing, last.reason = True, None
         try:
-            if any(t is not torch.Tensor for t in types):
+            if any(t not in _PLAIN for t in types):
                 result, last.reason = NotImplemented, "a tensor subclass goes to its class"
             else:
                 result = serve(*args, **kwargs)
@@ -66,6 +72,25 @@ class patch(TorchFunctionMode):
             return result
         finally:
             last.passing = False
+
+    def _backward(self, func, outputs, *inputs, **options):
+        """Go backward inside the block, for a checkpoint's forward that is run again must find it.
+
+        While a mode handles a function it is off; and with tensors, these functions would come back to it at once. So edges of
+        the graph stand for the tensors where torch takes them.
+        """
+        given = [(x,) if isinstance(x, (torch.Tensor, GradientEdge)) else tuple(x) for x in (outputs, *inputs)]
+        takes_edges = (
+            options.get("inputs") is None and not options.get("materialize_grads") and not _fallback.last.passing
+        )
+        if not takes_edges or not all(type(t) in _PLAIN and t.requires_grad for tensors in given for t in tensors):
+            return func(outputs, *inputs, **options)
+        if func is torch.Tensor.backward:
+            func = torch.autograd.backward
+            options["grad_tensors"] = options.pop("gradient", None)
+        edges = [[get_gradient_edge(t) for t in tensors] for tensors in given]
+        with self:
+            return func(*edges, **options)
 
     def __call__(self, function: Callable) -> Callable:
         """Decorate a function: its calls run inside the block."""

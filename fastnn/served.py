@@ -23,7 +23,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def _not(reason: str) -> Any:
     """NotImplemented, and the reason for whoever counts."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _fallback.last.reason = reason
     return NotImplemented
 
@@ -66,10 +66,46 @@ def _addmm(input, mat1, mat2, *rest, beta=1, alpha=1, **others):
     return _product(mat1, mat2, input)
 
 
+def _einsum(equation, *operands):
+    """Serve what is linear on one operand as it lies: ``abc,cde->abde`` or ``ab,cb->ac``."""
+    if not isinstance(equation, str) or len(operands) != 2 or not all(isinstance(t, Tensor) for t in operands):
+        return _not("not an equation of two tensors")
+    (left, _, rest), (input, other) = equation.replace(" ", "").partition(","), operands
+    right, _, out = rest.partition("->")
+    count = (len(left) + len(right) - len(out)) // 2  # letters that are summed over
+    rows, inner, columns = left[: len(left) - count], left[len(left) - count :], out[len(left) - count :]
+    letters = rows + inner + columns
+    if not (count and columns and letters.isalpha() and len(set(letters)) == len(letters) and out == rows + columns):
+        return _not("not a product with one matrix")
+    if right not in (inner + columns, columns + inner) or len(left) != input.dim() or len(right) != other.dim():
+        return _not("not a product with one matrix")
+    sizes = dict(zip(right, other.shape, strict=True))
+    if any(sizes[letter] != size for letter, size in zip(inner, input.shape[len(rows) :], strict=True)):
+        return _not("sizes that do not fit")  # or are broadcast: torch says
+    if right == inner + columns:
+        matrix = other.flatten(0, count - 1).flatten(1)
+    else:
+        matrix = other.flatten(len(columns)).flatten(0, -2).t()
+    output = _product(input.flatten(len(rows)), matrix)
+    return output if output is NotImplemented else output.unflatten(-1, [sizes[letter] for letter in columns])
+
+
+WORTH = 2**18  # multiply-adds of a product: with fewer, the call costs more than the kernel saves
+WORTH_A_GRADIENT = 2**22  # the nodes of the two transposes add to it
+
+
 def _product(input, other, bias=None):
-    """input @ other + bias, which is linear on the transposed matrix."""
+    """input @ other + bias: linear, the weight being ``other`` transposed."""
     if input.dtype not in _FLOATING or input.dtype != other.dtype:
         return _not("not of one floating dtype")
+    inputs, elements = input.numel(), other.numel()
+    if type(inputs) is int and type(elements) is int:  # of symbolic sizes nothing is asked
+        rows = inputs // max(other.shape[0], 1)
+        wanted = torch.is_grad_enabled() and (input.requires_grad or other.requires_grad)
+        if rows * elements < (WORTH_A_GRADIENT if wanted else WORTH):
+            return _not("too small to be worth the call")
+        if rows < 3 and other.dim() == 2 and other.stride(0) != 1:
+            return _not("one or two rows by a matrix that a kernel would pack first")
     return functional.linear(input, other.t(), bias)  # a vector is its own transpose
 
 
@@ -163,6 +199,7 @@ SERVED: dict[Callable, Callable] = {
     Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: _rmatmul,
     operator.matmul: _matmul,  # in a graph of torch.fx
+    torch.einsum: _einsum,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
     torch.conv2d: _conv2d,  # which is F.conv2d
