@@ -127,6 +127,8 @@ def why_not(model: nn.Module) -> str | None:
     if not (hasattr(transformers, "AttentionInterface") and hasattr(model, "_can_set_attn_implementation")):
         return f"transformers {transformers.__version__} has no attention interface"
     implementation = getattr(model.config, "_attn_implementation", None)
+    if not getattr(model, "_supports_sdpa", True):
+        return "its class offers no 'sdpa' attention, or has none at all"
     if implementation != "sdpa":
         return f"its attention is {implementation!r}, which was chosen for its own sake; only 'sdpa' is switched"
     if not model._can_set_attn_implementation():

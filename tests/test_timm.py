@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastnn
 from tests import models
 
 timm = pytest.importorskip("timm")
@@ -42,3 +43,12 @@ def test_model(name, record_property):
     # Swin multiplies batches of matrices by itself unless timm is told to use fused attention.
     share = models.check(*build(name), least=0.85 if name == "Swin" else 0.99)
     record_property("FLOPs served", f"{100 * share:.0f} %")
+
+
+def test_freeze_folds_its_batch_norms():
+    """``BatchNormAct2d``, a batch norm that applies an activation too: both are done by the convolution before it."""
+    model, _ = build("EfficientNet")
+    notes = {r.name: (r.kind, r.note) for r in fastnn.explain(fastnn.accelerate(model, freeze=True))}
+    norms = [note for kind, note in notes.values() if kind == "BatchNormAct2d"]
+    assert norms and all(note.startswith("folded") for note in norms)
+    assert sum(note.startswith("fused") for kind, note in notes.values() if kind == "SiLU") >= 5
