@@ -18,8 +18,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import _fallback, huggingface, trace
-from fastnn.freeze import _BEFORE
+from fastnn import _fallback, calls, flops, huggingface, trace
+from fastnn.freeze import _BEFORE, PRODUCERS
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
@@ -31,7 +31,7 @@ _FAST: dict[type, type] = {
     getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__ if hasattr(nn, name)
 }
 _FAST[NonDynamicallyQuantizableLinear] = fastnn.nn.attention.NonDynamicallyQuantizableLinear
-_OWN = tuple(set(_FAST.values()))
+_OWN = (calls.Calls, huggingface.Conv1D, *set(_FAST.values()))
 # The op that a family's kernels belong to, where it has some for CUDA too.
 _OPS = {nn.Linear: "linear", NonDynamicallyQuantizableLinear: "linear", nn.MultiheadAttention: "attention"}
 _STOCK = "_fastnn_stock"  # on a swapped module: the class it had, and the attributes it got
@@ -59,7 +59,10 @@ def _fast_subclass(stock: type, fast: type) -> type:
     def reduce(self, protocol):
         return (_blank, (stock, fast), *super(cls, self).__reduce_ex__(protocol)[2:])
 
-    cls = type(stock.__name__, (fast, stock), {"__module__": stock.__module__, "__reduce_ex__": reduce})
+    own = {"__module__": stock.__module__, "__reduce_ex__": reduce}
+    if fast is calls.Calls:
+        own["forward"] = calls.inside(stock.forward)
+    cls = type(stock.__name__, (fast, stock), own)
     return cls
 
 
@@ -77,32 +80,48 @@ def _plan(module: nn.Module) -> tuple[type, dict[str, Any]] | str | None:
     """Say what a module becomes (class, attributes), or why nothing, or None where fastnn has no such kind."""
     cls = parametrize.type_before_parametrizations(module)
     family = _family(cls)
-    if family is None:
-        return None
     if isinstance(module, _OWN):
         return "fastnn's own"
+    if huggingface.is_conv1d(cls) and not _fallback.why_not(*module.parameters(recurse=False), op="linear"):
+        return _fast_subclass(cls, huggingface.Conv1D), _attributes(huggingface.Conv1D)
+    if family is None:
+        return _plan_calls(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run the model once, then accelerate it"
     reason = _fallback.why_not(*module.parameters(recurse=False), op=_OPS.get(family, ""))
     if reason:
         return reason
-    if cls in _FAST:
-        return _FAST[cls], _attributes(_FAST[cls])
+    attributes = _attributes(_FAST[family])
+    taken = [name for name in attributes if hasattr(module, name)]  # the user's own, for whatever it is
+    if cls in _FAST and not taken:
+        return _FAST[cls], attributes
     if parametrize.is_parametrized(module):
         return f"{cls.__name__} is a parametrized subclass of {family.__name__}"
-    if issubclass(cls, nn.Linear) and trace.plain_linear(module):
+    if not taken and issubclass(cls, nn.Linear) and trace.plain_linear(module):
         return _fast_subclass(cls, fastnn.nn.Linear), _attributes(fastnn.nn.Linear)
-    if issubclass(cls, nn.Conv2d):
+    if not taken and issubclass(cls, nn.Conv2d):
         zeros = trace.padded_conv2d(module)
         if zeros is not None:
             fast = PaddedConv2d if any(zeros) else fastnn.nn.Conv2d
             return _fast_subclass(cls, fast), _attributes(fast) | ({"_zeros": zeros} if any(zeros) else {})
-    return f"{cls.__name__} overrides torch.nn.{family.__name__}: its forward may do something else"
+    return _plan_calls(module) or (
+        f"{cls.__name__} overrides torch.nn.{family.__name__}: its forward may do something else"
+    )
+
+
+def _plan_calls(module: nn.Module) -> tuple[type, dict[str, Any]] | None:
+    """Say what a module becomes whose own calls of torch's functions are served, None where it makes none."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.") and cls not in _FAST:
+        return None
+    if parametrize.is_parametrized(module) or not calls.functions(cls):
+        return None
+    return _fast_subclass(cls, calls.Calls), {}
 
 
 def _attributes(fast: type) -> dict[str, Any]:
     """Return what a module of fastnn has and torch's has not."""
-    return {"activation": None} if issubclass(fast, (fastnn.nn.Linear, fastnn.nn.Conv2d)) else {}
+    return {"activation": None} if issubclass(fast, PRODUCERS) else {}
 
 
 def _set_class(module: nn.Module, cls: type) -> None:
@@ -166,11 +185,10 @@ def accelerate(
     plans = []
     for name, m in model.named_modules():
         m.__dict__.pop(_REASON, None)
-        if filter_fn is not None and _family(type(m)) and not filter_fn(m, name):
-            m.__dict__[_REASON] = "filter_fn said no"
-            continue
         plan = _plan(m)
-        if isinstance(plan, tuple):
+        if filter_fn is not None and (_family(type(m)) or isinstance(plan, tuple)) and not filter_fn(m, name):
+            m.__dict__[_REASON] = "filter_fn said no"
+        elif isinstance(plan, tuple):
             plans.append((m, *plan))
     for m, cls, attributes in plans:
         stock = parametrize.type_before_parametrizations(m)
@@ -225,12 +243,15 @@ class Explanation:
     """What fastnn serves in a model, by module; prints as a table.
 
     Iterating yields :class:`Row`. ``calls_by_torch`` counts, for the whole process, the calls that no kernel served:
-    ``{(op, reason): count}``.
+    ``{(op, reason): count}``. ``flops`` and ``share`` are None unless ``explain`` was given the arguments of a call.
     """
 
-    def __init__(self, rows: list[Row], attention: list[str]):
+    def __init__(self, rows: list[Row], attention: list[str], counts: dict[str, int] | None = None):
         self.rows = rows
         self.attention = attention
+        self.flops = counts
+        self.share = None if counts is None else flops.share(counts)
+        self._flops = [] if counts is None else flops.table(counts)
         self.calls_by_torch = Counter(_fallback.calls)
 
     def __iter__(self) -> Iterator[Row]:
@@ -248,7 +269,7 @@ class Explanation:
         lines += [f"{n} {k} left to torch: {self._first_reason(k)}" for k, n in kinds.items() if not served[k]]
         if fused:
             lines.append(", ".join(f"{n} modules {what} into the kernel before them" for what, n in fused.items()))
-        return "\n".join(lines + self.attention)
+        return "\n".join(lines + self.attention + self._flops)
 
     def _first_reason(self, kind: str) -> str:
         return next(r.note for r in self.rows if r.kind == kind)
@@ -259,23 +280,26 @@ class Explanation:
         widths = [max(len(c[i]) for c in cells) for i in range(3)]
         lines = ["  ".join([*(c[i].ljust(widths[i]) for i in range(3)), c[3]]).rstrip() for c in cells]
         lines.insert(1, "  ".join("-" * w for w in [*widths, 4]))
-        lines += self.attention
+        lines += self.attention + self._flops
         lines += [f"{n} calls of {op} went to torch: {why}" for (op, why), n in sorted(self.calls_by_torch.items())]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def explain(model: nn.Module | None = None) -> Explanation | CompiledExplanation:
+def explain(model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Explanation | CompiledExplanation:
     """Tell what fastnn serves in a model, what not, and why.
 
     Args:
         model: any module, accelerated or not; or one that ``torch.compile`` made or compiled with ``backend="fastnn"``, after
             its first call. None: every graph that the backend compiled in this process, those of functions too.
+        *args, **kwargs: arguments of a call. With any, the model is called once, without gradients, and its FLOPs are
+            counted: see :func:`fastnn.flops.measure`. Not with what was compiled.
 
     Returns:
-        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused. Of what was
-        compiled a list, or to iterate over by :class:`fastnn.rewrite.Report`: every graph.
+        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused. After a
+        call, ``share`` is fastnn's part of the FLOPs (0 … 1), and ``flops`` counts them by operator. Of what was compiled a
+        list, or to iterate over by :class:`fastnn.rewrite.Report`: every graph.
 
     Raises:
         TypeError: if ``model`` is no module.
@@ -283,8 +307,11 @@ def explain(model: nn.Module | None = None) -> Explanation | CompiledExplanation
     if model is None or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         from fastnn.compile import compiled_graphs  # not at the top: it imports Dynamo
 
+        if args or kwargs:
+            raise TypeError("fastnn.explain: args must be empty for what was compiled. Explain the model before it is.")
         return compiled_graphs(model)
     _check_module("explain", model)
+    counts = flops.measure(model, args, kwargs) if args or kwargs else None
     notes = _freeze_notes(model)
     names: dict[int, list[str]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
@@ -295,17 +322,18 @@ def explain(model: nn.Module | None = None) -> Explanation | CompiledExplanation
         cls = parametrize.type_before_parametrizations(m)
         if len(names[id(m)]) > 1:
             note = "; ".join([note, "also " + ", ".join(names[id(m)][1:])]).lstrip("; ")
+        if isinstance(m, calls.Calls):
+            note = "; ".join([*calls.functions(type(m)), note]).rstrip("; ")
         if isinstance(m, _OWN):
             rows.append(Row(name, m.__dict__.get(_STOCK, (cls,))[0].__name__, True, note))
         elif note.startswith(("folded", "fused")):
             rows.append(Row(name, m.__dict__[_BEFORE].__name__, True, note))
-        elif note or _family(cls) or m._parameters:
-            plan = m.__dict__.get(_REASON) or _plan(m)
+        elif (plan := m.__dict__.get(_REASON) or _plan(m)) or note or m._parameters:
             why = plan if isinstance(plan, str) else "not accelerated" if plan else ""
             if not why and m._parameters:
                 why = f"fastnn has no {cls.__name__}"
             rows.append(Row(name, cls.__name__, False, "; ".join(s for s in (why, note) if s)))
-    return Explanation(rows, list(_attention(model)))
+    return Explanation(rows, list(_attention(model)), counts)
 
 
 def _attention(model: nn.Module) -> Iterator[str]:

@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import fastnn.nn
-from fastnn import trace
+from fastnn import huggingface, trace
 from fastnn.nn._frozen import Fold
 
 _NOTE = "_fastnn_note"  # on a module: what freeze did with it, or why not
+PRODUCERS = (fastnn.nn.Linear, fastnn.nn.Conv1d, fastnn.nn.Conv2d, huggingface.Conv1D)  # what applies activations
+_AFTER = "_fastnn_after"  # on a folded batch norm: the names of its children that it applies, in order
 _BEFORE = "_fastnn_before"  # on a folded batch norm or fused activation: the class it had
 
 _ACTIVATIONS: dict[str, tuple[str, Callable[[nn.Module], bool]]] = {
@@ -60,10 +62,12 @@ def _refuse_training(module: nn.Module, what: str) -> None:
 
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
-    """A batch norm whose work the convolution before it does; returns its input."""
+    """A batch norm whose work the convolution before it does; applies what a subclass applies after it, mostly nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
         _refuse_training(self, "folded BatchNorm2d")
+        for name in self.__dict__[_AFTER]:
+            input = getattr(self, name)(input)
         return input
 
 
@@ -83,7 +87,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_kernel(module: nn.Module) -> bool:
-    return isinstance(module, (fastnn.nn.Linear, fastnn.nn.Conv2d))
+    return isinstance(module, PRODUCERS)
 
 
 def _is_producer(module: nn.Module) -> bool:
@@ -222,16 +226,28 @@ def _fuse(root: nn.Module) -> None:
         for key, conv in list(tails.items()):
             follower = _only(region.followers[key])
             norm = modules.get(follower)
-            if not isinstance(conv, fastnn.nn.Conv2d) or type(norm) is not nn.BatchNorm2d:
+            if not isinstance(conv, fastnn.nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+                continue
+            if isinstance(norm, FoldedBatchNorm2d):
                 continue
             why = _cannot_fold(norm)
+            after = trace.after_batch_norm(norm) if why is None else None
+            if why is None and after is None:
+                why = f"{type(norm).__name__} may do more than normalize"
             if why is None and (region.feeders[follower] != {key} or not ours(follower) or not unseen(key, follower)):
                 why = "it also follows something else, or is called from elsewhere"
             if why is not None:
                 norm.__dict__[_NOTE] = f"not folded: {why}"
                 continue
-            _fold(conv, norm, names)
-            tails[follower] = conv
+            _fold(conv, norm, names, after)
+            left = [m for m in map(norm.get_submodule, after) if type(m) is not nn.Identity]
+            if not left:
+                tails[follower] = conv
+                continue
+            act = left[0]
+            sole = len(left) == 1 and owners[id(act)] == {follower} and unseen(key, id(act)) and not _has_hooks(act)
+            if sole and activation_of(act):
+                _apply([conv], act, names)
         for key, module in modules.items():
             name = activation_of(module)
             if name is None or key not in region.feeders:
@@ -246,14 +262,7 @@ def _fuse(root: nn.Module) -> None:
                 if any(p is not None for p in producers.values()):
                     module.__dict__[_NOTE] = "not fused: it also follows something else, or is called from elsewhere"
                 continue
-            for producer in producers.values():
-                producer.activation = name
-                producer.__dict__["_fastnn_fused"] = name
-                _add_note(producer, name)
-            into = ", ".join(names[id(p)] for p in producers.values())
-            module.__dict__[_BEFORE] = type(module)
-            module.__dict__[_NOTE] = f"fused into {into}"
-            module.__class__ = FusedActivation
+            _apply(list(producers.values()), module, names)
         for key, producer in tails.items():
             if producer.activation is None and modules[key] is producer:
                 after = region.functional_follower(graphs, producer)
@@ -273,10 +282,23 @@ def _add_note(module: nn.Module, text: str) -> None:
     module.__dict__[_NOTE] = f"{old} + {text}" if old else text
 
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, names: dict[int, str]) -> None:
+def _apply(producers: list[nn.Module], activation: nn.Module, names: dict[int, str]) -> None:
+    """Let the kernels of ``producers`` apply the activation."""
+    name = activation_of(activation)
+    for producer in producers:
+        producer.activation = name
+        producer.__dict__["_fastnn_fused"] = name
+        _add_note(producer, name)
+    activation.__dict__[_BEFORE] = type(activation)
+    activation.__dict__[_NOTE] = f"fused into {', '.join(names[id(p)] for p in producers)}"
+    activation.__class__ = FusedActivation
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, names: dict[int, str], after: list[str]) -> None:
     conv.__dict__["_fold"] = Fold(norm)
     _add_note(conv, "batch norm")
     norm.__dict__[_BEFORE] = type(norm)
+    norm.__dict__[_AFTER] = after
     norm.__dict__[_NOTE] = f"folded into {names[id(conv)]}"
     norm.__class__ = FoldedBatchNorm2d
 
@@ -319,6 +341,7 @@ def unfreeze(module: nn.Module) -> None:
     for m in module.modules():
         m.__dict__.pop(_NOTE, None)
         m.__dict__.pop("_fold", None)
+        m.__dict__.pop(_AFTER, None)
         if m.__dict__.pop("_fastnn_fused", None):
             m.activation = None
         before = m.__dict__.pop(_BEFORE, None)

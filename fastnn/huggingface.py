@@ -1,4 +1,4 @@
-"""Hugging Face models through their attention interface; ``transformers`` is optional and never imported from here first."""
+"""Hugging Face models: their attention interface and ``Conv1D``; ``transformers`` is optional, never imported from here first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from fastnn import functional
+from fastnn._library import _C
+from fastnn.nn._frozen import Frozen, parameters
 
 NAME = "fastnn"
+
+
+class Conv1D(Frozen, nn.Module):
+    r"""y = f(x W + b), in one kernel: what GPT-2 has for linear layers, with a weight ``[in_features, out_features]``."""
+
+    weight: Tensor
+    bias: Tensor
+    activation: str | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        (weight, bias), packed = parameters(self, ("weight", "bias")), None
+        if self._frozen and not torch.compiler.is_compiling() and _C._linear_packs(input, weight.t()):
+            packed = self._packed(weight, lambda w: torch.ops.fastnn.linear_pack(w.t()))
+        return functional.linear(input, weight.t(), bias, activation=self.activation, packed=packed)
+
+
+def is_conv1d(cls: type) -> bool:
+    """Say whether a class is ``transformers.pytorch_utils.Conv1D`` itself."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def attention_forward(
@@ -106,6 +127,8 @@ def why_not(model: nn.Module) -> str | None:
     if not (hasattr(transformers, "AttentionInterface") and hasattr(model, "_can_set_attn_implementation")):
         return f"transformers {transformers.__version__} has no attention interface"
     implementation = getattr(model.config, "_attn_implementation", None)
+    if not getattr(model, "_supports_sdpa", True):
+        return "its class offers no 'sdpa' attention, or has none at all"
     if implementation != "sdpa":
         return f"its attention is {implementation!r}, which was chosen for its own sake; only 'sdpa' is switched"
     if not model._can_set_attn_implementation():

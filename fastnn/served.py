@@ -117,6 +117,10 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
     return functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def _conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return functional.conv1d(input, weight, bias, stride, padding, dilation, groups)
+
+
 def _convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
     if transposed or input.dim() != 4 or weight.dim() != 4:
         return _not("transposed, or not of images")
@@ -204,6 +208,7 @@ SERVED: dict[Callable, Callable] = {
     torch.einsum: _einsum,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
+    torch.conv1d: _conv1d,
     torch.conv2d: _conv2d,  # which is F.conv2d
     torch.convolution: _convolution,
     F.scaled_dot_product_attention: _attention,

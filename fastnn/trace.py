@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import io
 import itertools
+import operator
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -209,6 +210,40 @@ def padded_conv2d(module: nn.Conv2d) -> tuple[int, ...] | None:
         total = tuple(a + b for a, b in zip(total, pad, strict=True))
         source = source.args[0] if source.args else source.kwargs["input"]
     return total
+
+
+def after_batch_norm(module: nn.BatchNorm2d) -> list[str] | None:
+    """Name the children that a subclass of BatchNorm2d applies to what it normalized; None if it does anything else.
+
+    In evaluation mode. Of ``BatchNorm2d`` itself: none of them.
+    """
+    if type(module) is nn.BatchNorm2d:
+        return []
+    try:
+        graphs = paths(module, lambda m: m is not module)
+    except Untraceable:
+        return None
+    if len(graphs) != 1 or module.training:
+        return None
+    node = next(n for n in graphs[0].nodes if n.op == "output").args[0]
+    known, names = set(), []
+    while isinstance(node, Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        known.add(node)
+        names.insert(0, node.target)
+        node = node.args[0]
+    if not (isinstance(node, Node) and node.target is F.batch_norm):
+        return None
+    known.add(node)
+    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    args = given.arguments
+    fits = args["input"].op == "placeholder" and not args["training"] and args["eps"] == module.eps
+    fits = fits and all(_is_parameter(args[k], k, module) for k in ("running_mean", "running_var", "weight", "bias"))
+    rest = [n for n in graphs[0].nodes if n not in known and n.op in ("call_function", "call_method", "call_module")]
+    return names if fits and all(n.target in _CHECKS for n in rest) else None
+
+
+_CHECKS = (getattr, operator.eq, torch._assert)  # what an assertion about the input leaves in a graph
 
 
 def _only_call(module: nn.Module, function: Callable) -> Node | None:

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import torchvision_schemas
+
+torchvision_schemas.declare()
+
 
 @pytest.fixture(autouse=True)
 def _same_start():

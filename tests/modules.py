@@ -1,6 +1,7 @@
 """What the tests of the modules share: masks of every kind, twins of fastnn's and torch's, all that comes of a call."""
 
 import torch
+from torch.utils import _pytree
 
 INF = float("inf")
 MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"}
@@ -44,3 +45,45 @@ def operators(call):
     with torch.profiler.profile() as profile:
         call()
     return {e.key: e.count for e in profile.key_averages()}
+
+
+def floats(tree):
+    """All floating tensors in a nest of tuples, PackedSequences and dicts."""
+    return [t for t in _pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def same(fast, stock):
+    fast, stock = _pytree.tree_leaves(fast), _pytree.tree_leaves(stock)
+    assert len(fast) == len(stock)
+    for a, b in zip(fast, stock, strict=True):
+        if not isinstance(b, torch.Tensor):
+            assert a == b
+        elif not torch.equal(a, b):  # assert_close takes its time
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def no_worse(fast, stock, oracle):
+    """Each tensor's largest error against float64: twice torch's own, and some roundings of the largest value.
+
+    The largest of all of them: gradients that cancel (of a key's bias, or behind a norm) carry the others' roundings.
+    """
+    scale = max(t.detach().abs().nan_to_num(0.0).max() for t in floats(oracle) if t.numel())
+    for a, b, exact in zip(*map(_pytree.tree_leaves, (fast, stock, oracle)), strict=True):
+        if not (isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()):
+            same(a, b)
+            continue
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a.isnan(), exact.isnan())
+        ours, theirs = ((t.double() - exact).abs().nan_to_num(0.0).max() for t in (a, b))
+        limit = 2 * theirs + 16 * torch.finfo(a.dtype).eps * scale
+        assert ours <= limit, f"error {ours:.3g}, torch's {theirs:.3g}"
+
+
+def doubled(tree):
+    """The same tensors in float64, leaves as they are leaves."""
+
+    def convert(t):
+        is_float = isinstance(t, torch.Tensor) and t.is_floating_point()
+        return t.detach().double().requires_grad_(t.requires_grad) if is_float else t
+
+    return _pytree.tree_map(convert, tree)

@@ -363,3 +363,52 @@ def test_recurrent_layers_of_a_model():
     assert not any("_pack" in m.__dict__ or "_frozen" in m.__dict__ for m in fast.modules())
     with torch.no_grad():
         torch.testing.assert_close(fast(inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation of its own, as timm's."""
+
+    def __init__(self, features, act, more=None):
+        super().__init__(features)
+        self.drop, self.act, self.more = nn.Identity(), act, more
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, "images")
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return self.act(self.drop(x)) if self.more is None else self.act(x) * self.more
+
+
+@pytest.mark.parametrize(
+    ("act", "more", "folded", "fused"),
+    [
+        (nn.ReLU(), None, True, True),
+        (nn.Identity(), None, True, False),
+        (nn.Softshrink(), None, True, False),
+        (nn.SiLU(), 2.0, False, False),
+    ],
+    ids=str,
+)
+def test_batch_norms_with_an_activation_of_their_own(act, more, folded, fused):
+    """Folded where they only apply their children after it, and the activation is fused where a kernel has it."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8, act, more), nn.Tanh(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        for t in (*net[1].parameters(), net[1].running_mean):
+            t.normal_()
+    fast, x = fastnn.accelerate(net, freeze=True), torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+        again = fastnn.freeze(fast)
+        torch.testing.assert_close(again(x), net(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(fast)(x), net(x), rtol=1e-4, atol=1e-5)
+    notes = {r.name: r.note for r in fastnn.explain(fast)}
+    assert ("not folded: NormAct may do more than normalize" in notes["1"]) is not folded
+    assert notes["1"].startswith("folded") is folded
+    assert notes.get("1.act", "").startswith("fused") is fused
+    assert notes.get("2", "").startswith("fused") is isinstance(act, nn.Identity), (
+        "nothing may overtake another activation"
+    )
+    fastnn.restore(fast)
+    for a, b in zip(fast.modules(), net.modules(), strict=True):
+        assert type(a) is type(b) and a.__dict__.keys() == b.__dict__.keys()
+    with torch.no_grad():
+        assert torch.equal(fast(x), net(x))

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 import fastnn
 import fastnn.nn as fnn
+from tests.modules import doubled, floats, no_worse, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,6 +32,7 @@ class Spec(NamedTuple):
 LAYER = {"dim_feedforward": 16, "dropout": 0.0, "batch_first": True}
 SPECS = {
     "Linear": Spec((5, 3), {}, ((4, 5),)),
+    "Conv1d": Spec((4, 6, 3), {"padding": 1, "groups": 2}, ((2, 4, 7),)),
     "Conv2d": Spec((4, 6, 3), {"padding": 1, "groups": 2}, ((2, 4, 7, 5),)),
     "RNN": Spec((5, 6), {"num_layers": 2, "bidirectional": True}, ((3, 2, 5), (4, 2, 6))),
     "GRU": Spec((5, 6), {"num_layers": 2, "batch_first": True}, ((2, 3, 5), (2, 2, 6))),
@@ -71,48 +73,6 @@ def inputs(name, dtype=torch.float32, device="cpu", requires_grad=False):
         return torch.randn(shape, dtype=dtype, device=device, requires_grad=requires_grad)
 
     return tuple(make(shape) for shape in SPECS[name].inputs)
-
-
-def floats(tree):
-    """All floating tensors in a nest of tuples, PackedSequences and dicts."""
-    return [t for t in _pytree.tree_leaves(tree) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def same(fast, stock):
-    fast, stock = _pytree.tree_leaves(fast), _pytree.tree_leaves(stock)
-    assert len(fast) == len(stock)
-    for a, b in zip(fast, stock, strict=True):
-        if not isinstance(b, torch.Tensor):
-            assert a == b
-        elif not torch.equal(a, b):  # assert_close takes its time
-            torch.testing.assert_close(a, b, equal_nan=True)
-
-
-def no_worse(fast, stock, oracle):
-    """Each tensor's largest error against float64: twice torch's own, and some roundings of the largest value.
-
-    The largest of all of them: gradients that cancel (of a key's bias, or behind a norm) carry the others' roundings.
-    """
-    scale = max(t.detach().abs().nan_to_num(0.0).max() for t in floats(oracle) if t.numel())
-    for a, b, exact in zip(*map(_pytree.tree_leaves, (fast, stock, oracle)), strict=True):
-        if not (isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()):
-            same(a, b)
-            continue
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a.isnan(), exact.isnan())
-        ours, theirs = ((t.double() - exact).abs().nan_to_num(0.0).max() for t in (a, b))
-        limit = 2 * theirs + 16 * torch.finfo(a.dtype).eps * scale
-        assert ours <= limit, f"error {ours:.3g}, torch's {theirs:.3g}"
-
-
-def doubled(tree):
-    """The same tensors in float64, leaves as they are leaves."""
-
-    def convert(t):
-        is_float = isinstance(t, torch.Tensor) and t.is_floating_point()
-        return t.detach().double().requires_grad_(t.requires_grad) if is_float else t
-
-    return _pytree.tree_map(convert, tree)
 
 
 def derivatives(module, args, kwargs, second=False):

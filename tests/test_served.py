@@ -88,6 +88,8 @@ def problems():
         yield conv, [d(2, 4, 7, 6), d(6, 2, 3, 3), d(6)], dict(stride=2, padding=(1, 0), groups=2)
         yield conv, [d(4, 7, 6), d(6, 4, 3, 3)], dict(padding="same", dilation=2)
         yield conv, [d(2, 4, 7, 6, layout="channels_last"), d(6, 4, 1, 1), None, (1,), [0]], {}
+    yield F.conv1d, [d(2, 4, 7), d(6, 2, 3), d(6)], dict(stride=2, padding=(1,), groups=2)
+    yield torch.conv1d, [d(4, 7), d(6, 4, 3)], dict(padding="same", dilation=2)
     rest = [None, [2, 1], [1, 1], [1, 1], False, [0, 0], 1]
     yield torch.convolution, [d(2, 4, 7, 6), d(6, 4, 3, 3), *rest], {}
     for options in (dict(is_causal=True), dict(scale=0.3), dict(attn_mask=d(3, 5)), dict(enable_gqa=False)):
@@ -272,6 +274,9 @@ WRONG = [
     (torch.einsum, ["ab,bc->ac", d(3, 4), d(3, 5)]),
     (torch.einsum, ["ab,bc->ac", d(3, 4, 2), d(4, 5)]),
     (torch.conv2d, [d(2, 4, 7, 6), d(6, 3, 3, 3)]),
+    (torch.conv1d, [d(2, 4, 7), d(6, 3, 3)]),
+    (torch.conv1d, [d(4), d(6, 4, 3)]),
+    (torch.conv1d, [d(2, 4, 7), d(6, 4, 3), None, 1, (1, 1)]),
     (torch.conv2d, [d(2, 4, 7, 6), d(6, 4, 3, 3), None, 0]),
     (torch.conv2d, [d(2, 4, 7, 6), d(6, 4, 3, 3), None, 1, "all"]),
     (F.scaled_dot_product_attention, [d(4, 3, 8), d(4, 5, 7), d(4, 5, 8)]),
@@ -302,6 +307,7 @@ OPS = {
     "__rmatmul__",
     "einsum",
     "nn.functional.linear",
+    "nn.functional.conv1d",
     "nn.functional.conv2d",
     "nn.functional.scaled_dot_product_attention",
     "nn.functional.multi_head_attention_forward",

@@ -2,6 +2,7 @@
 
 from fastnn.functional.attention import scaled_dot_product_attention
 from fastnn.functional.attention_weights import attention_weights
+from fastnn.functional.conv1d import conv1d
 from fastnn.functional.conv2d import conv2d
 from fastnn.functional.linear import linear
 from fastnn.functional.multihead_attention import multi_head_attention_forward
@@ -10,6 +11,7 @@ from fastnn.functional.varlen import varlen_attn
 
 __all__ = [
     "attention_weights",
+    "conv1d",
     "conv2d",
     "gru_cell",
     "linear",

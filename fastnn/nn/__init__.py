@@ -1,6 +1,7 @@
 """Modules that drop in for those of torch.nn: the same arguments, the same state_dict, fastnn's kernels; and KVCache."""
 
 from fastnn.nn.attention import MultiheadAttention
+from fastnn.nn.conv1d import Conv1d
 from fastnn.nn.conv2d import Conv2d
 from fastnn.nn.kv_cache import KVCache
 from fastnn.nn.linear import Linear
@@ -12,6 +13,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Conv1d",
     "Conv2d",
     "GRUCell",
     "KVCache",

@@ -24,7 +24,6 @@ class Frozen:
     """
 
     _frozen = False
-    activation: str | None = None
     _pack: tuple | None = None
 
     def _freeze(self) -> None:

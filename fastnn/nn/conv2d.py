@@ -45,6 +45,7 @@ class Conv2d(Frozen, torch.nn.Conv2d):
         )
         self.activation = activation
 
+    activation: str | None = None
     _fold: Fold | None = None  # the batch norm that freeze folded in
 
     def forward(self, input: Tensor) -> Tensor:

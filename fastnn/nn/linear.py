@@ -35,6 +35,8 @@ class Linear(Frozen, torch.nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
 
+    activation: str | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         (weight, bias), packed = parameters(self, ("weight", "bias")), None
         if self._frozen and not torch.compiler.is_compiling() and _C._linear_packs(input, weight):
