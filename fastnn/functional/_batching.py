@@ -66,16 +66,16 @@ def linear(call, size, dims, op, input, weight, bias):
 
 def linear_backward(call, size, dims, pull, grad, input, weight, bias, *outputs):
     """The gradient of an input by one call. Those of weight and bias, one of each for each of the batch, by a product."""
-    flat, (_, x_dim, w_dim, b_dim) = (grad, input, weight, bias, *outputs), dims[:4]
+    flat, (_, _, w_dim, b_dim) = (grad, input, weight, bias, *outputs), dims[:4]
     b = None if bias is None else bias if b_dim is None else bias.select(b_dim, 0)
     grad, x, *outputs = _fronts((grad, input, *outputs), (*dims[:2], *dims[4:]), size)
     if w_dim is None and not any(pull.wanted[1:]):
         return call(pull, grad, x, weight, b, *outputs), 0
     if pull.op.activation is not None:  # by way of the pre-activation, once more, as its derivatives may be asked for
         forward = run_forward if call is run_backward else Forward.apply
-        (z,), z_dim = linear(forward, size, dims[1:4], replace(pull.op, activation=None), input, weight, bias)
-        (dz,) = torch.func.vjp(lambda z: reference.activate(z, pull.op.activation), z.movedim(z_dim, 0))[1](grad)
         plain = replace(pull, op=replace(pull.op, activation=None))
+        (z,), z_dim = linear(forward, size, (0, *dims[2:4]), plain.op, x, weight, bias)
+        (dz,) = torch.func.vjp(lambda z: reference.activate(z, pull.op.activation), z.movedim(z_dim, 0))[1](grad)
         return linear_backward(call, size, (0, *dims[1:]), plain, dz, *flat[1:])
     w = _front(weight, w_dim, size)
     rows = w.shape[1:-1]

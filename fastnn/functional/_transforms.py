@@ -23,9 +23,14 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def call(op: Op, *tensors: Tensor | None, name: str) -> tuple[Tensor, ...] | None:
-    """The results of an op under a transform or with a tangent; None elsewhere, and where no kernel takes the tensors."""
-    if not active() or not all(map(_plain, tensors)) or _fallback.why_not(*tensors, op=name) is not None:
+def call(op: Op, *tensors: Tensor | None, name: str | None = None) -> tuple[Tensor, ...] | None:
+    """The outputs of an op under a transform or with a tangent; None elsewhere, and where no kernel takes the tensors.
+
+    ``name``, where given, is that of the op whose kernels are to take all of them.
+    """
+    if not active() or not all(map(_plain, tensors)):
+        return None
+    if name is not None and _fallback.why_not(*tensors, op=name) is not None:
         return None
     return Forward.apply(op, *tensors)
 
@@ -128,10 +133,9 @@ class Pull:
 
 def batched_backward(info, dims: tuple, pull: Pull, *flat: Tensor | None):
     """vmap of an op's backward itself: None for what is not wanted."""
-    found, dim = pull.op.batch_backward(run_backward, info.batch_size, dims, pull, *flat)
-    given = iter(found)
-    found = tuple(next(given) if want else None for want in pull.wanted)
-    return found, tuple(dim if want else None for want in pull.wanted)
+    found, dims = pull.op.batch_backward(run_backward, info.batch_size, dims, pull, *flat)
+    each = iter(zip(found, dims if isinstance(dims, tuple) else [dims] * len(found), strict=True))
+    return tuple(zip(*(next(each) if want else (None, None) for want in pull.wanted), strict=True))
 
 
 def run_forward(op: Op, *tensors: Tensor | None) -> tuple:
