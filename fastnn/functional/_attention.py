@@ -9,6 +9,7 @@ import torch
 
 from fastnn import reference
 from fastnn.functional import _batching, _transforms
+from fastnn.functional._transforms import below_autograd
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Attention(_transforms.Op):
     def backward(self, wanted, grads, tensors, outputs):
         *inputs, philox_seed = tensors
         grad_output = torch.zeros_like(outputs[0]) if grads[0] is None else grads[0]
-        return *torch.ops.fastnn.attention_backward(
-            grad_output, grads[1], *inputs, *outputs[:2], *self._options(), philox_seed, wanted[:4]
-        ), None
+        with below_autograd():
+            return *torch.ops.fastnn.attention_backward(
+                grad_output, grads[1], *inputs, *outputs[:2], *self._options(), philox_seed, wanted[:4]
+            ), None
 
     def formula(self, query, key, value, attn_mask, philox_seed):
         return reference.attention(query, key, value, attn_mask, *self._options(), philox_seed)

@@ -9,6 +9,7 @@ import torch
 
 from fastnn import reference
 from fastnn.functional import _batching, _transforms
+from fastnn.functional._transforms import below_autograd
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Conv2d(_transforms.Op):
         return torch.ops.fastnn.conv2d_train(input, weight, bias, *self._options())
 
     def backward(self, wanted, grads, tensors, outputs):
-        return torch.ops.fastnn.conv2d_backward(grads[0], *tensors, outputs[-1], *self._options(), wanted)
+        with below_autograd():
+            return torch.ops.fastnn.conv2d_backward(grads[0], *tensors, outputs[-1], *self._options(), wanted)
 
     def formula(self, input, weight, bias):
         return (reference.conv2d(input, weight, bias, *self._options()),)

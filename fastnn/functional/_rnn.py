@@ -9,6 +9,7 @@ import torch
 from fastnn import _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _batching, _transforms
+from fastnn.functional._transforms import below_autograd
 
 _GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 _RESERVED = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 5, "GRU": 4}
@@ -146,10 +147,10 @@ class Rnn(_transforms.Op):
     def backward(self, wanted, grads, tensors, outputs):
         first, last = self._split(tensors)
         mask = [wanted[0], wanted[2], wanted[3], any(wanted[5:])]
-        output, reserve = outputs[0], outputs[3]
-        grad_input, grad_hx, grad_cx, grad_weights, grad_norms = torch.ops.fastnn.rnn_backward(
-            *grads, *first, output, reserve, self.mode, *last, mask
-        )
+        with below_autograd():
+            grad_input, grad_hx, grad_cx, grad_weights, grad_norms = torch.ops.fastnn.rnn_backward(
+                *grads, *first, outputs[0], outputs[-1], self.mode, *last, mask
+            )
         of_flat = (*grad_weights, *grad_norms) if mask[3] else (None,) * (len(tensors) - 5)
         return grad_input, None, grad_hx, grad_cx, None, *of_flat
 

@@ -72,6 +72,10 @@ def _linearised(f, args, wanted, used=None):
     return pull, outputs
 
 
+# Around a kernel in the forward of a Function: a result that it makes as a view is to be no view of autograd's.
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+
 def _below():
     """Torch turns forward mode off while a jvp runs; the tangents of the levels below are wanted."""
     return forward_ad._set_fwd_grad_enabled(True)

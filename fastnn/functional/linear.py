@@ -11,6 +11,7 @@ from torch import Tensor
 from fastnn import _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _batching, _transforms
+from fastnn.functional._transforms import below_autograd
 
 
 def linear(
@@ -137,7 +138,8 @@ class Linear(_transforms.Op):
         return torch.ops.fastnn.linear_train(input, weight, bias, self.activation)
 
     def backward(self, wanted, grads, tensors, outputs):
-        return torch.ops.fastnn.linear_backward(grads[0], *tensors, outputs[-1], self.activation, wanted)
+        with below_autograd():
+            return torch.ops.fastnn.linear_backward(grads[0], *tensors, outputs[-1], self.activation, wanted)
 
     def formula(self, input, weight, bias):
         return (reference.linear(input, weight, bias, self.activation),)
