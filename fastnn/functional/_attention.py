@@ -113,3 +113,6 @@ def _(info, in_dims, query, key, value, attn_mask=None, *rest):
     op = AttentionWeights(*options, average)
     tensors = (query, key, value, attn_mask, philox_seed)
     return _batching.attention(_transforms.run_forward, info.batch_size, dims, op, *tensors)
+
+
+_transforms.register_old_vmap("attention_backward")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastnn import reference
-from fastnn.functional._transforms import FROM_OUTPUT, Forward, run_backward, run_forward
+from fastnn.functional._transforms import FROM_OUTPUT, Forward, run_backward
 
 
 def _front(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -71,10 +71,11 @@ def linear_backward(call, size, dims, pull, grad, input, weight, bias, *outputs)
     grad, x, *outputs = _fronts((grad, input, *outputs), (*dims[:2], *dims[4:]), size)
     if w_dim is None and not any(pull.wanted[1:]):
         return call(pull, grad, x, weight, b, *outputs), 0
+    if pull.op.activation is not None and call is run_backward:  # the op itself: no place for another transform
+        return loop(call, size, dims, pull, *flat)
     if pull.op.activation is not None:  # by way of the pre-activation, once more, as its derivatives may be asked for
-        forward = run_forward if call is run_backward else Forward.apply
         plain = replace(pull, op=replace(pull.op, activation=None))
-        (z,), z_dim = linear(forward, size, (0, *dims[2:4]), plain.op, x, weight, bias)
+        (z,), z_dim = linear(Forward.apply, size, (0, *dims[2:4]), plain.op, x, weight, bias)
         (dz,) = torch.func.vjp(lambda z: reference.activate(z, pull.op.activation), z.movedim(z_dim, 0))[1](grad)
         return linear_backward(call, size, (0, *dims[1:]), plain, dz, *flat[1:])
     w = _front(weight, w_dim, size)
@@ -98,12 +99,12 @@ def linear_backward(call, size, dims, pull, grad, input, weight, bias, *outputs)
 
 def _images(t):
     """``[batch, N, ...]`` or ``[batch, ...]`` as images."""
-    return t.flatten(0, 1) if t.dim() == 5 else t
+    return t if t is None or t.dim() == 4 else t.flatten(0, 1)
 
 
 def _channels(t):
     """``[batch, N, C, H, W]`` or ``[batch, C, H, W]`` as the channels of one image or of N."""
-    return t.movedim(0, -4).flatten(-4, -3)
+    return None if t is None else t.movedim(0, -4).flatten(-4, -3)
 
 
 def _unfold(t, size, dim):

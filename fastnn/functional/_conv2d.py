@@ -63,3 +63,6 @@ def _(
 ):
     pull = _transforms.Pull(Conv2d(activation, stride, padding, dilation, groups), tuple(output_mask), 1)
     return _transforms.batched_backward(info, in_dims[:5], pull, grad_output, input, weight, bias, saved)
+
+
+_transforms.register_old_vmap("conv2d_backward")

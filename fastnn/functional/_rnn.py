@@ -202,3 +202,6 @@ def _(info, in_dims, *args):
         return values[0], values[2], values[3], list(values[5:ends]) * mask[3], list(values[ends:]) * mask[3]
 
     return in_order(found), in_order(where)
+
+
+_transforms.register_old_vmap("rnn_backward")

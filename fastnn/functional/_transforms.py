@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastnn import _fallback, reference
 
@@ -239,3 +240,34 @@ def jvp_of_product(op: Op, product: Op, tensors: Tensors, tangents: Tensors) -> 
 # The activations whose derivative the kernels read off the output; of the others training keeps the pre-activation, too.
 # As kActivations of csrc/include/fastnn/types.h has them.
 FROM_OUTPUT = (None, "relu", "sigmoid", "tanh", "leaky_relu", "elu", "relu6")
+
+
+_library = torch.library.Library("fastnn", "IMPL")
+
+
+def register_old_vmap(name: str) -> None:
+    """Let the rule of an op serve the older vmap, too: that of ``torch.autograd.grad(…, is_grads_batched=True)``."""
+    op = getattr(torch.ops.fastnn, name).default
+
+    def kernel(*args):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        flat, spec = tree_flatten(args)
+        # One without a batch at this level comes back with a batch of one.
+        flat = [torch._remove_batch_dim(t, level, 1, 0) if isinstance(t, Tensor) else t for t in flat]
+        size = max(t.shape[0] for t in flat if isinstance(t, Tensor))
+        dims = tuple(0 if isinstance(t, Tensor) and t.shape[0] == size else None for t in flat)
+        flat = [t if d == 0 or not isinstance(t, Tensor) else t.squeeze(0) for t, d in zip(flat, dims, strict=True)]
+        shape = None
+
+        def call(*flat):
+            nonlocal shape
+            found, shape = tree_flatten(op(*tree_unflatten(flat, spec)))
+            call.kept = [t is not None for t in found]
+            return tuple(t for t in found if t is not None)
+
+        found = iter(torch.func.vmap(call, dims)(*flat))
+        found = [torch._add_batch_dim(next(found), 0, level) if kept else None for kept in call.kept]
+        return tree_unflatten(found, shape)
+
+    _library.impl(name, kernel, "Batched")

@@ -167,3 +167,6 @@ def _(info, in_dims, input, weight, bias, activation=None, packed=None):
 def _(info, in_dims, grad_output, input, weight, bias, saved, activation, output_mask):
     pull = _transforms.Pull(Linear(activation), tuple(output_mask), 1)
     return _transforms.batched_backward(info, in_dims[:5], pull, grad_output, input, weight, bias, saved)
+
+
+_transforms.register_old_vmap("linear_backward")
