@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from fastnn import _fallback, functional, reference
@@ -241,3 +242,206 @@ def test_vmap(name, transform):
         found = vmap(MAPPED[transform](own, tensors), dims)(*tensors)
         expected = each(MAPPED[transform](stock, tensors), dims, tensors)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda m, dims=dims: f"{dims}: {m}")
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.parametrize("name", ("linear-gelu", "conv2d", "attention-mask", "rnn-packed", "gru-cell"))
+def test_transforms_nest(name):
+    """grad of vmap, vmap of vmap over different tensors and places, vmap of hessian."""
+    (own, stock), make = CASES[name]
+    tensors = make()
+    one = tuple(torch.stack([t, t.cos()], -1) if i == 0 else t for i, t in enumerate(tensors))
+    two = tuple(torch.stack([t, t.sin()]) if i in (0, 2) else t for i, t in enumerate(one))
+    inner = (-1, *[None] * (len(tensors) - 1))
+    outer = tuple(0 if i in (0, 2) else None for i in range(len(tensors)))
+    nests = [
+        lambda f: grad(loss(vmap(f, inner, out_dims=1)), everything(one))(*one),
+        lambda f: vmap(vmap(f, inner), outer)(*two),
+        lambda f: vmap(hessian(loss(f), (0, 2)), inner)(*one),
+        lambda f: jacfwd(vmap(grad(loss(f), (0, 2)), inner), (0, 2))(*one),
+    ]
+    for nest in nests:
+        torch.testing.assert_close(nest(own), nest(stock), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.works("Transforms", "forward-mode AD (torch.autograd.forward_ad): the kernel's result, its tangent")
+@pytest.mark.parametrize("name", CASES)
+def test_dual_tensors(name):
+    (own, stock), make = CASES[name]
+    tensors = make()
+    with forward_ad.dual_level():
+        for chosen in (*((i,) for i in range(len(tensors))), everything(tensors)):
+            duals = [forward_ad.make_dual(t, t.cos()) if i in chosen else t for i, t in enumerate(tensors)]
+            found, expected = (
+                [forward_ad.unpack_dual(y) for y in (ys if isinstance(ys, tuple) else (ys,))]
+                for ys in (own(*duals), stock(*duals))
+            )
+            for y, z in zip(found, expected, strict=True):
+                torch.testing.assert_close(y.primal, z.primal, rtol=1e-9, atol=1e-9)
+                assert y.tangent is not None, "dropped"
+                tangent = torch.zeros_like(z.primal) if z.tangent is None else z.tangent
+                torch.testing.assert_close(y.tangent, tangent, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.works(
+    "Transforms", "gradcheck and gradgradcheck with forward mode, batched gradients and batched tangents"
+)
+@pytest.mark.parametrize(
+    "name", [name for name in SMALL if name not in ("attention-groups", "attention-mask", "conv2d")]
+)
+def test_gradcheck(name):
+    (own, _), make = CASES[name]
+    tensors = tuple(t.requires_grad_() for t in make())
+    modes = dict(check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradcheck(own, tensors, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradcheck(own, tensors, **modes)
+    assert torch.autograd.gradgradcheck(own, tensors, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.works("Transforms", "torch.autograd.functional.jacobian and hessian, vectorized")
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_vectorized_jacobians_of_autograd():
+    for name in ("linear-gelu", "conv2d", "attention", "lstm", "rnn-packed"):
+        (own, stock), make = CASES[name]
+        tensors = make()
+        found = torch.autograd.functional.jacobian(own, tensors, vectorize=True)
+        expected = torch.autograd.functional.jacobian(stock, tensors)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("average", (False, True))
+@pytest.mark.works(
+    "Transforms", "randomness of vmap: the mask of attention's dropout is an error, the same or different"
+)
+def test_dropout_under_vmap(average):
+    query, key, value = (torch.stack([t] * 3) for t in CASES["attention"][1]())
+
+    def attend(query, key, value):
+        if average:
+            return functional.attention_weights(query, key, value, dropout_p=0.5, average=True)[0]
+        return functional.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(attend)(query, key, value)
+    same, different = (vmap(attend, randomness=how)(query, key, value) for how in ("same", "different"))
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert not torch.equal(different[0], different[1]) and not torch.equal(different[1], different[2])
+    for how in ("same", "different"):  # each sample's gradient is that of its own mask
+        torch.manual_seed(3)
+        seeds = vmap(lambda _: torch.randint(2**63 - 1, (1,)), randomness=how)(query)
+        torch.manual_seed(3)
+        found = vmap(grad(lambda q, *a: attend(q, *a).sin().sum()), randomness=how)(query, key, value)
+        for i in range(3):
+            formula = lambda q: reference.attention(q, key[0], value[0], None, 0.5, philox_seed=seeds[i])[0]  # noqa: E731
+            torch.testing.assert_close(found[i], grad(loss(formula))(query[0]))
+
+
+def test_the_ops_themselves_under_vmap():
+    """As a compiled graph calls them: below the Functions of Python."""
+    ops = torch.ops.fastnn
+    x, w, b = randn(3, 2, 4), randn(5, 4), randn(3, 5)
+    calls = [
+        (ops.linear, (0, None, 0), (x, w, b)),
+        (
+            lambda x, w: ops.conv2d(x, w, None, [1, 1], [0] * 4, [1, 1], 1),
+            (0, 1),
+            (randn(3, 2, 2, 4, 4), randn(2, 3, 2, 2, 2)),
+        ),
+        (ops.attention, (0, None, 1), (randn(3, 2, 4, 2), randn(2, 3, 2), randn(2, 3, 3, 2))),
+        (ops.attention_weights, (None, 0, None), (randn(2, 4, 2), randn(3, 2, 3, 2), randn(2, 3, 2))),
+        (
+            lambda x, h, *w: ops.rnn(x, None, h, None, w, "GRU")[:2],
+            (2, None, None, None, None, None),
+            (randn(2, 2, 3, 2), *states_and_weights("GRU", 2, 2, 2)),
+        ),
+    ]
+    for op, dims, tensors in calls:
+        torch.testing.assert_close(vmap(op, dims)(*tensors), each(op, dims, tensors))
+
+
+@pytest.mark.works(
+    "Transforms", "torch.func under torch.compile(fullgraph=True): vmap by the kernels, gradients by torch's operators"
+)
+def test_transforms_under_compile():
+    x, w, b = torch.randn(3, 2, 4), torch.randn(5, 4), torch.randn(5)
+    for name, transform in MAPPED.items():
+        own, stock = activated("relu")
+        dims = (0, None, None)
+        found = torch.compile(vmap(transform(own, (x, w, b)), dims), fullgraph=True, backend="aot_eager")(x, w, b)
+        torch.testing.assert_close(
+            found, vmap(transform(stock, (x, w, b)), dims)(x, w, b), msg=lambda m, n=name: f"{n}: {m}"
+        )
+    _fallback.set_fallback("error")
+    torch.compile(vmap(lambda x: functional.linear(x, w, b)), fullgraph=True, backend="aot_eager")(x)
+    with pytest.raises(Exception, match="torch.func has no kernel while torch.compile traces"):
+        torch.compile(grad(loss(lambda x: functional.linear(x, w, b))), fullgraph=True, backend="aot_eager")(x)
+
+
+def test_what_has_no_kernel_goes_to_torch_under_a_transform_too():
+    x, w = torch.randn(3, 2, 4, dtype=torch.complex64), torch.randn(5, 4, dtype=torch.complex64)
+    before = _fallback.calls["linear", "dtype torch.complex64 has no kernel"]
+    assert torch.equal(vmap(functional.linear, (0, None))(x, w), vmap(F.linear, (0, None))(x, w))
+    assert _fallback.calls["linear", "dtype torch.complex64 has no kernel"] == before + 1
+
+    class Loud(torch.Tensor):
+        pass
+
+    before = _fallback.calls["linear", "tensor subclass has no kernel"]
+    with forward_ad.dual_level():
+        functional.linear(forward_ad.make_dual(x.real, x.real).as_subclass(Loud), w.real)
+    assert _fallback.calls["linear", "tensor subclass has no kernel"] == before + 1
+
+
+OPINFO = {
+    "nn.functional.linear": functional.linear,
+    "nn.functional.conv2d": functional.conv2d,
+    "nn.functional.scaled_dot_product_attention": functional.scaled_dot_product_attention,
+}
+
+
+def samples(name):
+    """PyTorch's own samples of an op: its operator, and the positional tensors and the rest of each."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (op,) = (op for op in op_db if op.name == name and not op.variant_test_name)
+    found = []
+    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
+        args, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
+        if "dropout_p" in kwargs:
+            kwargs["dropout_p"] = 0.0  # two masks cannot be compared
+        where = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        found.append((args, kwargs, where))
+    return op.op, found
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.works("Transforms", "PyTorch's own samples (OpInfo) of linear, conv2d and attention through torch.func")
+@pytest.mark.parametrize("name", OPINFO)
+def test_opinfo_samples(name):
+    stock_op, found = samples(name)
+    for args, kwargs, where in found:
+        tensors = tuple(args[i] for i in where)
+
+        def of(f, *chosen, args=args, kwargs=kwargs, where=where):
+            full = list(args)
+            for i, t in zip(where, chosen, strict=True):
+                full[i] = t
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return f(*full, **kwargs)
+
+        def own(*chosen, of=of):
+            return of(OPINFO[name], *chosen)
+
+        def stock(*chosen, of=of):
+            return of(stock_op, *chosen)
+
+        for transform in ("vjp", "grad", "jvp"):
+            torch.testing.assert_close(FIRST[transform](own, tensors), FIRST[transform](stock, tensors), msg=transform)
+        if stock(*tensors).numel() <= 64:
+            torch.testing.assert_close(jacrev(own)(*tensors), jacrev(stock)(*tensors))
+        for dims, batched in batches(tensors, 2):
+            torch.testing.assert_close(vmap(own, dims)(*batched), each(stock, dims, batched, 2))
+            pull = lambda f: lambda *ts: vjp(f, *ts)[1](torch.ones_like(stock(*tensors)))  # noqa: E731
+            torch.testing.assert_close(vmap(pull(own), dims)(*batched), each(pull(stock), dims, batched, 2))

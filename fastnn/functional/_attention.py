@@ -63,7 +63,7 @@ def _(
     philox_seed=None,
 ):
     op = Attention(dropout_p, is_causal, scale, enable_gqa, window, softcap)
-    dims, tensors = (*in_dims[:4], in_dims[-1]), (query, key, value, attn_mask, philox_seed)
+    dims, tensors = _dims(in_dims), (query, key, value, attn_mask, philox_seed)
     return _batching.attention(_transforms.run_forward, info.batch_size, dims, op, *tensors)
 
 
@@ -108,11 +108,31 @@ class AttentionWeights(Attention):
 
 
 @torch.library.register_vmap("fastnn::attention_weights")
-def _(info, in_dims, query, key, value, attn_mask=None, *rest):
-    (*options, philox_seed, average), dims = rest, (*in_dims[:4], in_dims[-2])
-    op = AttentionWeights(*options, average)
-    tensors = (query, key, value, attn_mask, philox_seed)
+def _(
+    info,
+    in_dims,
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    window=None,
+    softcap=None,
+    philox_seed=None,
+    average=False,
+):
+    op = AttentionWeights(dropout_p, is_causal, scale, enable_gqa, window, softcap, average)
+    dims, tensors = _dims(in_dims), (query, key, value, attn_mask, philox_seed)
     return _batching.attention(_transforms.run_forward, info.batch_size, dims, op, *tensors)
+
+
+def _dims(in_dims):
+    """Of query, key, value, attn_mask and philox_seed; arguments at the end may have been left out."""
+    in_dims = (*in_dims, *(None,) * 11)
+    return *in_dims[:4], in_dims[10]
 
 
 _transforms.register_old_vmap("attention_backward")

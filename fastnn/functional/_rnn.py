@@ -179,6 +179,7 @@ def transformed(input, batch_sizes, hx, cx, weights, mode, norms, zoneout_mask, 
 def _(
     info, in_dims, input, batch_sizes, hx, cx, weights, mode, packed=None, norms=None, zoneout_mask=None, zoneout=0.0
 ):
+    in_dims = (*in_dims, *(None,) * 4)  # arguments at the end may have been left out
     dims = (*in_dims[:4], in_dims[8], *in_dims[4], *(in_dims[7] or ()))
     tensors = (input, batch_sizes, hx, cx, zoneout_mask, *weights, *(norms or ()))
     op = Rnn(mode, zoneout, len(norms or ()))
