@@ -39,7 +39,7 @@ EVERY = pytest.mark.parametrize("name", FAMILIES)
 def pair(name):
     """A stock module, and its twin on fastnn's kernels."""
     stock = FAMILIES[name][0]().double()
-    fast = fastnn.accelerate(stock)
+    fast = fastnn.accelerate(copy.deepcopy(stock))  # which shares its parameters with what it is given
     assert type(fast).__module__.startswith("fastnn.")
     return fast, stock
 
