@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from fastnn._library import _C
 
@@ -76,6 +78,8 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     """Say why no kernel takes these tensors, or None when one does; ``op`` may have kernels for CUDA too."""
     if torch.compiler.is_compiling():
         _tell_dtensor()  # tracing passes by takes_class
+        if forward_ad._current_level >= 0 or _differentiated():
+            return "a gradient or tangent of torch.func has no kernel while torch.compile traces"
     devices = ("cpu", "meta", "cuda") if op in _C.cuda_ops else ("cpu", "meta")
     for t in tensors:
         if t is None:
@@ -89,6 +93,13 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
         if t.is_nested:
             return "nested tensors have no kernel"
     return None
+
+
+@torch.compiler.assume_constant_result  # Dynamo runs the transforms that it traces, and guards on those around it
+def _differentiated() -> bool:
+    """Whether a transform of torch.func differentiates: the C++ Functions, which a graph would hold, do not know it."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in stack)
 
 
 def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], Any], reason: str = ""):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
+from fastnn.functional import _transforms
+from fastnn.functional._attention import Attention
 
 if TYPE_CHECKING:
     from fastnn.nn.kv_cache import KVCache
@@ -85,6 +87,12 @@ def scaled_dot_product_attention(
         output = _C.attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, return_lse
         )
+        if output is None and _transforms.active() and _served(query, key, value, attn_mask, "attention"):
+            op = Attention(dropout_p, is_causal, scale, enable_gqa, window, softcap)
+            tensors = (query, key, value, attn_mask, _seed(query, dropout_p))
+            output = _transforms.call(op, *tensors)
+            if output is not None and not return_lse:
+                output = output[0]
     if output is None:
         output = _fallback.fallback(
             "attention",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
+from fastnn.functional import _transforms
+from fastnn.functional._attention import AttentionWeights
 from fastnn.functional.attention import _empty_like_query, _lead, _seed, _served
 
 
@@ -55,6 +57,10 @@ def attention_weights(
     results = None
     if not torch.compiler.is_compiling():
         results = _C.attention_weights(query, key, value, attn_mask, *options, average)
+        if results is None and _transforms.active() and _served(query, key, value, attn_mask, "attention_weights"):
+            tensors = (query, key, value, attn_mask, _seed(query, dropout_p))
+            found = _transforms.call(AttentionWeights(*options, average), *tensors)
+            results = None if found is None else (found[0], found[2])
     elif _served(query, key, value, attn_mask, "attention_weights"):
         seed = _seed(query, dropout_p)
         output, _, weights = torch.ops.fastnn.attention_weights(query, key, value, attn_mask, *options, seed, average)

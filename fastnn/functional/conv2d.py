@@ -11,6 +11,8 @@ from torch._prims_common import suggest_memory_format
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
+from fastnn.functional import _transforms
+from fastnn.functional._conv2d import Conv2d
 
 
 def conv2d(
@@ -65,6 +67,10 @@ def conv2d(
             return torch.ops.fastnn.conv2d(input, weight, bias, *where, groups, activation, packed)
     elif where != (stride, padding, dilation):  # now in the form that the kernels take
         return conv2d(input, weight, bias, *where, groups, activation=activation, packed=packed)
+    else:
+        results = _transforms.call(Conv2d(activation, *where, groups), input, weight, bias, name="conv2d")
+        if results is not None:
+            return results[0]
     return _fallback.fallback(
         "conv2d",
         (input, weight, bias),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
+from fastnn.functional import _batching, _transforms
+from fastnn.functional._transforms import below_autograd
 
 
 def linear(
@@ -46,6 +50,9 @@ def linear(
         output = None
     else:
         output = _C.linear(input, weight, bias, activation, packed)
+        if output is None and (bias is None or bias.dim() <= 1):
+            output = _transforms.call(Linear(activation), input, weight, bias, name="linear")
+            output = None if output is None else output[0]
     if output is None:
         output = _fallback.fallback(
             "linear",
@@ -123,3 +130,49 @@ def _backward(ctx, *grad_grads):
 
 
 torch.library.register_autograd("fastnn::linear_backward", _backward, setup_context=_setup_context)
+
+
+@dataclass(frozen=True)
+class Linear(_transforms.Op):
+    """The op for torch.func's transforms."""
+
+    activation: str | None = None
+
+    def forward(self, input, weight, bias):
+        if self.activation in _transforms.FROM_OUTPUT:
+            return (torch.ops.fastnn.linear(input, weight, bias, self.activation),)
+        return torch.ops.fastnn.linear_train(input, weight, bias, self.activation)
+
+    def backward(self, wanted, grads, tensors, outputs):
+        with below_autograd():
+            return torch.ops.fastnn.linear_backward(grads[0], *tensors, outputs[-1], self.activation, wanted)
+
+    def formula(self, input, weight, bias):
+        return (reference.linear(input, weight, bias, self.activation),)
+
+    def jvp(self, tensors, tangents):
+        return _transforms.jvp_of_product(self, Linear(), tensors, tangents)
+
+    def shift(self, z, bias):
+        return z + bias
+
+    batch = staticmethod(_batching.linear)
+    batch_backward = staticmethod(_batching.linear_backward)
+
+
+@torch.library.register_vmap("fastnn::linear")
+def _(info, in_dims, input, weight, bias, activation=None, packed=None):
+    def call(op, *tensors):
+        return (torch.ops.fastnn.linear(*tensors, op.activation),)
+
+    (output,), dim = _batching.linear(call, info.batch_size, in_dims[:3], Linear(activation), input, weight, bias)
+    return output, dim
+
+
+@torch.library.register_vmap("fastnn::linear_backward")
+def _(info, in_dims, grad_output, input, weight, bias, saved, activation, output_mask):
+    pull = _transforms.Pull(Linear(activation), tuple(output_mask), 1)
+    return _transforms.batched_backward(info, in_dims[:5], pull, grad_output, input, weight, bias, saved)
+
+
+_transforms.register_old_vmap("linear_backward")

@@ -10,7 +10,7 @@ from torch import _VF, Tensor
 
 from fastnn import _fallback, reference
 from fastnn._library import _C
-from fastnn.functional import _rnn  # noqa: F401
+from fastnn.functional import _rnn
 
 _STACKS = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm, "GRU": _VF.gru}
 
@@ -22,7 +22,10 @@ def _layer(input, batch_sizes, hx, cx, weights, mode, packed, norms=None, zoneou
         if _fallback.why_not(input, hx, cx, *weights, *(norms or ())) is not None:
             return None
         return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
-    return _C.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
+    y = _C.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
+    if y is None:
+        y = _rnn.transformed(input, batch_sizes, hx, cx, weights, mode, norms, zoneout_mask, zoneout)
+    return y
 
 
 def rnn(
