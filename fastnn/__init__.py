@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 try:
     from fastnn import backends, functional, nn
+    from fastnn._export import decompositions
     from fastnn._fallback import get_fallback, set_fallback
     from fastnn.accelerate import accelerate, explain, restore
     from fastnn.freeze import freeze
@@ -13,4 +14,15 @@ except ImportError:
     if not (sys.argv[:1] == ["-m"] and "fastnn.info" in sys.orig_argv):  # that one runs to tell why
         raise
 
-__all__ = ["accelerate", "backends", "explain", "freeze", "functional", "get_fallback", "nn", "restore", "set_fallback"]
+__all__ = [
+    "accelerate",
+    "backends",
+    "decompositions",
+    "explain",
+    "freeze",
+    "functional",
+    "get_fallback",
+    "nn",
+    "restore",
+    "set_fallback",
+]

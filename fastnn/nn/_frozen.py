@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from fastnn import _export
 from fastnn._library import _C
 
 
@@ -43,7 +44,7 @@ class Frozen:
         ``weights`` is what ``pack`` takes, one tensor or a list; an edit of any of them makes everything anew. Each
         answer of ``arguments``, which is asked only where packing is allowed, has a copy of its own; None: nothing to pack.
         """
-        if torch.compiler.is_compiling():
+        if _export.tracing():
             return None
         alone = not isinstance(weights, list)
         given = [weights] if alone else weights
@@ -100,7 +101,7 @@ class Fold:
             buffers["running_var"],
         ]
         given = [t for t in given if t is not None]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        if _export.tracing() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
             return self._compute(weight, bias, weight.dtype)
         try:
             marks = [(t.data_ptr(), t._version) for t in given]
