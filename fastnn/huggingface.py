@@ -137,7 +137,19 @@ def switch(model: nn.Module) -> str | None:
     _register()
     for config in configs:
         config._attn_implementation_internal = NAME
-    return "sdpa"
+    return Former("sdpa")
+
+
+class Former(str):
+    """The attention a model had. Unpickled, it enters fastnn's into transformers' tables, where the model will look."""
+
+    def __reduce__(self):
+        return _unpickled, (str(self),)
+
+
+def _unpickled(name: str) -> Former:
+    _register()
+    return Former(name)
 
 
 def restore(model: nn.Module, former: str | None) -> None:

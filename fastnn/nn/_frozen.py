@@ -66,6 +66,12 @@ class Frozen:
                 kept[1][how] = pack(kept[2][0] if alone else kept[2], *how)
         return kept[1][how]
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            "fastnn: torch.jit.script must get modules of torch alone, its language has no fastnn in it; got a "
+            f"{type(self).__name__} of fastnn. Use torch.jit.trace or torch.export.export, or script fastnn.restore(model)."
+        )
+
     def __getstate__(self):
         above = getattr(super(), "__getstate__", None)  # object has one from Python 3.11 on
         state = dict(self.__dict__ if above is None else above())
