@@ -110,7 +110,7 @@ def test_a_program_serves_every_size(case):
     args = inputs(3, 5)
     program = export(model, tuple(args), dynamic_shapes=shapes)
     for sizes in program.range_constraints.values():
-        assert sizes.lower <= 3 and not sizes.upper.is_finite, "no size became a number"
+        assert sizes.lower <= 3 and sizes.upper > 10**9, "no size became a number"
     assert ops_of(program)
     for size in ((3, 5), (1, 7), (4, 1), (5, 9)):
         compare(program, model, inputs(*size))

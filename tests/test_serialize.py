@@ -14,7 +14,6 @@ import torch
 from torch import multiprocessing, nn, package
 
 import fastnn
-from fastnn import testing
 
 ROOT = Path(fastnn.__file__).parent.parent
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks")
