@@ -83,8 +83,12 @@ CASES = {
         (ROWS,),
     ),
     "LSTM": (lambda: fastnn.nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True), rows(8), (ROWS,)),
-    "GRU, layer norm and zoneout": (lambda: fastnn.nn.GRU(8, 6, layer_norm=True, zoneout=0.1), rows(8), (ROWS,)),
-    "RNN": (lambda: fastnn.nn.RNN(8, 6, nonlinearity="relu"), rows(8), (ROWS,)),
+    "GRU, layer norm and zoneout": (
+        lambda: fastnn.nn.GRU(8, 6, layer_norm=True, zoneout=0.1, batch_first=True),
+        rows(8),
+        (ROWS,),
+    ),
+    "RNN": (lambda: fastnn.nn.RNN(8, 6, nonlinearity="relu", batch_first=True), rows(8), (ROWS,)),
     "LSTMCell": (lambda: fastnn.nn.LSTMCell(8, 6), lambda n, length: [torch.randn(n, 8)], ({0: DYNAMIC},)),
     "GRUCell": (lambda: fastnn.nn.GRUCell(8, 6), lambda n, length: [torch.randn(n, 8)], ({0: DYNAMIC},)),
 }
@@ -196,7 +200,8 @@ def test_docs_saved_modules(page):
 
 @works("AOTInductor: aoti_compile_and_package, dynamic batch")
 @pytest.mark.filterwarnings("ignore")
-def test_docs_export_and_aotinductor(page):
+def test_docs_export_and_aotinductor(page, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.aot_inductor.compile_wrapper_opt_level", "O0")  # a short test
     names = page("# Leaving Python", "torch.export", "AOTInductor")
     for n in (1, 4, 7):
         x = torch.randn(n, 3, 16, 16)
