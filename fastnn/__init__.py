@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 try:
     from fastnn import backends, functional, nn
+    from fastnn._export import decompositions
     from fastnn._fallback import get_fallback, set_fallback
     from fastnn.accelerate import accelerate, explain, restore
     from fastnn.freeze import freeze
@@ -18,6 +19,7 @@ except ImportError:
 __all__ = [
     "accelerate",
     "backends",
+    "decompositions",
     "explain",
     "freeze",
     "functional",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnn import functional
+from fastnn import _export, functional
 from fastnn._library import _C
 from fastnn.nn._frozen import Frozen, parameters
 
@@ -27,7 +27,7 @@ class Conv1D(Frozen, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         (weight, bias), packed = parameters(self, ("weight", "bias")), None
-        if self._frozen and not torch.compiler.is_compiling() and _C._linear_packs(input, weight.t()):
+        if self._frozen and not _export.tracing() and _C._linear_packs(input, weight.t()):
             packed = self._packed(weight, lambda w: torch.ops.fastnn.linear_pack(w.t()))
         return functional.linear(input, weight.t(), bias, activation=self.activation, packed=packed)
 
@@ -160,7 +160,19 @@ def switch(model: nn.Module) -> str | None:
     _register()
     for config in configs:
         config._attn_implementation_internal = NAME
-    return "sdpa"
+    return Former("sdpa")
+
+
+class Former(str):
+    """The attention a model had. Unpickled, it enters fastnn's into transformers' tables, where the model will look."""
+
+    def __reduce__(self):
+        return _unpickled, (str(self),)
+
+
+def _unpickled(name: str) -> Former:
+    _register()
+    return Former(name)
 
 
 def restore(model: nn.Module, former: str | None) -> None:

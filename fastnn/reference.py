@@ -393,7 +393,7 @@ def rnn(
         h, c, ys = hx[d], None if cx is None else cx[d], [xs[0]] * len(xs)
         kept = zoneout[d].split([len(x) for x in xs]) if isinstance(zoneout, Tensor) else [zoneout] * len(xs)
         for t in range(len(xs)) if d == 0 else reversed(range(len(xs))):
-            n = len(xs[t])
+            n = xs[t].shape[0]  # len() would make a number of it, and fix the batch of an exported program
             y, cell = rnn_step(xs[t], h[:n], None if c is None else c[:n], w, mode, own)
             ys[t] = y = y if zoneout is None else kept[t] * h[:n] + (1 - kept[t]) * y
             h = torch.cat((y, h[n:]))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnn import _fallback, reference
+from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _transforms
 from fastnn.functional._attention import Attention
@@ -75,11 +75,11 @@ def scaled_dot_product_attention(
     if value is None:
         key, value, window = _read(key, is_causal, window)
         is_causal, enable_gqa = False, True
-    if torch.compiler.is_compiling():
+    if _export.tracing():
         output = None
         if _served(query, key, value, attn_mask, "attention"):
             seed = _seed(query, dropout_p)
-            output = torch.ops.fastnn.attention(
+            output = _export.ops().attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap, seed
             )
             output = output if return_lse else output[0]

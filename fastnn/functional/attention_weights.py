@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnn import _fallback, reference
+from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _transforms
 from fastnn.functional._attention import AttentionWeights
@@ -55,7 +55,7 @@ def attention_weights(
         window = (window, window) if isinstance(window, int) else tuple(window)
     options = (dropout_p, is_causal, scale, enable_gqa, window, softcap)
     results = None
-    if not torch.compiler.is_compiling():
+    if not _export.tracing():
         results = _C.attention_weights(query, key, value, attn_mask, *options, average)
         if results is None and _transforms.active() and _served(query, key, value, attn_mask, "attention_weights"):
             tensors = (query, key, value, attn_mask, _seed(query, dropout_p))
@@ -63,7 +63,7 @@ def attention_weights(
             results = None if found is None else (found[0], found[2])
     elif _served(query, key, value, attn_mask, "attention_weights"):
         seed = _seed(query, dropout_p)
-        output, _, weights = torch.ops.fastnn.attention_weights(query, key, value, attn_mask, *options, seed, average)
+        output, _, weights = _export.ops().attention_weights(query, key, value, attn_mask, *options, seed, average)
         results = output, weights
     if results is None:
         results = _fallback.fallback(

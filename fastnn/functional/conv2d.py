@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastnn import _fallback, reference
+from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _transforms
 from fastnn.functional._conv2d import Conv2d
@@ -57,14 +57,15 @@ def conv2d(
 
     Source: ``torch.nn.functional.conv2d``; kernels in ``csrc/cpu/conv2d*.inl``.
     """
-    if not torch.compiler.is_compiling():
+    tracing = _export.tracing()
+    if not tracing:
         output = _C.conv2d(input, weight, bias, stride, padding, dilation, groups, activation, packed)
         if output is not None:
             return output
     where = geometry(weight, stride, padding, dilation)
-    if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for part in where for n in part):
+    if tracing or any(isinstance(n, torch.SymInt) for part in where for n in part):
         if _fallback.why_not(input, weight, bias) is None:
-            return torch.ops.fastnn.conv2d(input, weight, bias, *where, groups, activation, packed)
+            return _export.ops().conv2d(input, weight, bias, *where, groups, activation, packed)
     elif where != (stride, padding, dilation):  # now in the form that the kernels take
         return conv2d(input, weight, bias, *where, groups, activation=activation, packed=packed)
     else:

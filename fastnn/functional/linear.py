@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnn import _fallback, reference
+from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _batching, _transforms
 from fastnn.functional._transforms import below_autograd
@@ -44,9 +44,9 @@ def linear(
 
     Source: ``torch.nn.functional.linear``; kernels in ``csrc/cpu/linear.inl`` and ``csrc/cuda/linear*.cuh``.
     """
-    if torch.compiler.is_compiling():
+    if _export.tracing():
         if _fallback.why_not(input, weight, bias, op="linear") is None and (bias is None or bias.dim() <= 1):
-            return torch.ops.fastnn.linear(input, weight, bias, activation, packed)
+            return _export.ops().linear(input, weight, bias, activation, packed)
         output = None
     else:
         output = _C.linear(input, weight, bias, activation, packed)

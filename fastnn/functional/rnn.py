@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from fastnn import _fallback, reference
+from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _rnn
 
@@ -18,10 +18,10 @@ _STACKS = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm,
 def _layer(input, batch_sizes, hx, cx, weights, mode, packed, norms=None, zoneout_mask=None, zoneout=0.0):
     """The op on one layer, or None where no kernel takes these tensors."""
     options = (packed, norms, zoneout_mask, zoneout)
-    if torch.compiler.is_compiling():
+    if _export.tracing():
         if _fallback.why_not(input, hx, cx, *weights, *(norms or ())) is not None:
             return None
-        return torch.ops.fastnn.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
+        return _export.ops().rnn(input, batch_sizes, hx, cx, weights, mode, *options)
     y = _C.rnn(input, batch_sizes, hx, cx, weights, mode, *options)
     if y is None:
         y = _rnn.transformed(input, batch_sizes, hx, cx, weights, mode, norms, zoneout_mask, zoneout)

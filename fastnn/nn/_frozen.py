@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from fastnn import _export
 from fastnn._library import _C
 
 
@@ -42,7 +43,7 @@ class Frozen:
         ``weights`` is what ``pack`` takes, one tensor or a list; an edit of any of them makes everything anew. Each
         answer of ``arguments``, which is asked only where packing is allowed, has a copy of its own; None: nothing to pack.
         """
-        if torch.compiler.is_compiling():
+        if _export.tracing():
             return None
         alone = not isinstance(weights, list)
         given = [weights] if alone else weights
@@ -63,6 +64,12 @@ class Frozen:
                     kept = self._pack = (stamp, {}, [w.detach() for w in given], given)
                 kept[1][how] = pack(kept[2][0] if alone else kept[2], *how)
         return kept[1][how]
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            "fastnn: torch.jit.script must get modules of torch alone, its language has no fastnn in it; got a "
+            f"{type(self).__name__} of fastnn. Use torch.jit.trace or torch.export.export, or script fastnn.restore(model)."
+        )
 
     def __getstate__(self):
         above = getattr(super(), "__getstate__", None)  # object has one from Python 3.11 on
@@ -99,7 +106,7 @@ class Fold:
             buffers["running_var"],
         ]
         given = [t for t in given if t is not None]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        if _export.tracing() or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
             return self._compute(weight, bias, weight.dtype)
         try:
             marks = [(t.data_ptr(), t._version) for t in given]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnn import functional
+from fastnn import _export, functional
 from fastnn._library import _C
 from fastnn.nn._frozen import Frozen, parameters
 
@@ -39,7 +39,7 @@ class Linear(Frozen, torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         (weight, bias), packed = parameters(self, ("weight", "bias")), None
-        if self._frozen and not torch.compiler.is_compiling() and _C._linear_packs(input, weight):
+        if self._frozen and not _export.tracing() and _C._linear_packs(input, weight):
             packed = self._packed(weight, torch.ops.fastnn.linear_pack)
         return functional.linear(input, weight, bias, activation=self.activation, packed=packed)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastnn import functional
+from fastnn import _export, functional
 from fastnn._library import _C
 from fastnn.functional.rnn import rnn
 from fastnn.nn._frozen import Frozen, parameters
@@ -217,7 +217,7 @@ class _Cell(Frozen):
 
     def _quick(self, mode: str, input: Tensor, hx: Tensor | None, cx: Tensor | None = None):
         """The step in one call, where all is plain; else None, and the long way finds out why."""
-        if torch.compiler.is_compiling() or (self._frozen and self._pack is None):
+        if _export.tracing() or (self._frozen and self._pack is None):
             return None
         return _C.rnn_cell(self._parameters, input, hx, cx, mode, self._pack if self._frozen else None)
 
