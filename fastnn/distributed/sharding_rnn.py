@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils._pytree import tree_map
 
 
@@ -49,7 +49,14 @@ def _localized(func, args, kwargs) -> tuple[dict, _Layout, tuple]:
     given |= dict(zip(given, args, strict=False)) | (kwargs or {})
     layout = _Layout(given)
     rows, states = Shard(layout.batch), Shard(layout.states)
-    along = {"input": rows, "output": rows, "grad_output": rows, "hx": states, "cx": states, "grad_h_n": states}
+    along: dict[str, Placement] = {
+        "input": rows,
+        "output": rows,
+        "grad_output": rows,
+        "hx": states,
+        "cx": states,
+        "grad_h_n": states,
+    }
     along |= {"grad_c_n": states, "reserve": Shard(1)}
     if layout.step:
         along["grad_h_n"] = Replicate()
