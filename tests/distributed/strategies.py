@@ -230,6 +230,14 @@ def recurrent_layers_on_shards():
         for one, other in zip(ours.parameters(), stock.parameters(), strict=True):
             torch.testing.assert_close(one.grad.full_tensor(), other.grad)
 
+    layer = distribute_module(fastnn.nn.GRU(4, 6, dtype=torch.float64), at)
+    try:
+        layer(x)
+    except RuntimeError as error:
+        assert "fastnn.rnn: input must be a DTensor where weights or states are; got a plain Tensor." in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+
 
 def recurrent_cells_on_shards():
     at, x = mesh(), rand(8, 4)
