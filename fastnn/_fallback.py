@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +15,26 @@ from fastnn._library import _C
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _mode = "torch"
 calls: Counter[tuple[str, str]] = Counter()  # (op, reason) -> how often torch served it
+
+
+class _Last(threading.local):
+    """The last call of this thread."""
+
+    reason: str | None = None  # why it went to torch, for who set it to None before
+    passing = False  # whether every fastnn.patch is to let calls pass
+
+
+last = _Last()
+
+
+@contextmanager
+def unpatched() -> Iterator[None]:
+    """Let torch's own functions compute, inside a :class:`fastnn.patch`, too. Also a decorator."""
+    before, last.passing = last.passing, True
+    try:
+        yield
+    finally:
+        last.passing = before
 
 
 def set_fallback(mode: str) -> None:
@@ -68,13 +90,15 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     return None
 
 
-def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor]):
+def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor], reason: str = ""):
     """Serve ``op`` by torch through ``call``, or raise under ``set_fallback("error")``."""
-    reason = why_not(*tensors, op=op) or "tensor subclass has no kernel"
+    reason = reason or why_not(*tensors, op=op) or "tensor subclass has no kernel"
     if _mode == "error":
         raise RuntimeError(
             f"fastnn.{op}: no kernel takes this input: {reason}. Call fastnn.set_fallback('torch') to let torch serve it."
         )
     if not torch.compiler.is_compiling():
         calls[(op, reason)] += 1
+    if not torch.compiler.is_dynamo_compiling():  # a trace by other means keeps the reason: fastnn.rewrite asks for it
+        last.reason = reason
     return call()

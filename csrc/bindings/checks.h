@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -62,6 +63,13 @@ inline void check_same(const char* op, const char* name, const Tensor& t, const 
               " (", first.scalar_type(), "); got ", t.scalar_type(), ".");
   TORCH_CHECK(t.device() == first.device(), "fastnn.", op, ": ", name, " must be on the device of ", first_name, " (",
               first.device(), "); got ", t.device(), ".");
+}
+
+// What a question about a call's algorithm asks with, where autocast will give input and weight one dtype: input, or a tensor
+// like it of weight's dtype.
+inline Tensor cast_alike(const Tensor& input, const Tensor& weight) {
+  if (input.scalar_type() == weight.scalar_type()) return input;
+  return at::empty_strided(input.sizes(), input.strides(), input.options().dtype(weight.scalar_type()));
 }
 
 // Threads for one call: torch.set_num_threads, and one inside somebody's parallel region.

@@ -95,6 +95,15 @@ inline C value_of_unseen(const AttentionParams& p) {
   return p.nan_unseen && p.key_length > 0 ? std::numeric_limits<C>::quiet_NaN() : C(0);
 }
 
+// Softmax takes c · s: people mask with the least finite number, which times log2(e) would be -infinity, and a row of
+// nothing else NaN. Half of it hides as well, and stays finite.
+template <class C>
+inline constexpr C kLeastScore = -std::numeric_limits<C>::max() / C(2);
+template <class C>
+FASTNN_INLINE Vec<C> above_least(Vec<C> s) {
+  return (s < splat<C>(kLeastScore<C>)) & (s > splat<C>(kNegativeInfinity<C>)) ? splat<C>(kLeastScore<C>) : s;
+}
+
 // s = s · scale + mask.
 template <class C, class M>
 inline void add_mask(const M* mask, int64_t stride, int64_t count, C scale, C* s) {
@@ -102,11 +111,15 @@ inline void add_mask(const M* mask, int64_t stride, int64_t count, C scale, C* s
   int64_t j = 0;
   if (stride == 0) {
     const Vec<C> x = splat<C>(static_cast<C>(load_one(mask)));
-    for (; j + L <= count; j += L) store(s + j, fma(load(s + j), splat<C>(scale), x));
+    for (; j + L <= count; j += L) store(s + j, above_least<C>(fma(load(s + j), splat<C>(scale), x)));
   } else if constexpr (std::is_same_v<Compute<M>, C>) {
-    for (; stride == 1 && j + L <= count; j += L) store(s + j, fma(load(s + j), splat<C>(scale), load(mask + j)));
+    for (; stride == 1 && j + L <= count; j += L)
+      store(s + j, above_least<C>(fma(load(s + j), splat<C>(scale), load(mask + j))));
   }
-  for (; j < count; ++j) s[j] = s[j] * scale + static_cast<C>(load_one(mask + j * stride));
+  for (; j < count; ++j) {
+    s[j] = s[j] * scale + static_cast<C>(load_one(mask + j * stride));
+    if (s[j] < kLeastScore<C> && s[j] > kNegativeInfinity<C>) s[j] = kLeastScore<C>;
+  }
 }
 template <class C>
 inline void apply_bool_mask(const uint8_t* mask, int64_t stride, int64_t count, C scale, C* s) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cuda/activation.cuh"
 #include "cuda/storage.cuh"
@@ -116,7 +117,10 @@ FASTNN_DEVICE C masked(C score, uint8_t allowed) {
 }
 template <class C, class M>
 FASTNN_DEVICE C masked(C score, M added) {
-  return score + static_cast<C>(widen(added));
+  // People mask with the least finite number, which times log2(e) would be -infinity, and a row of nothing else NaN.
+  constexpr C least = -std::numeric_limits<C>::max() / C(2);
+  const C s = score + static_cast<C>(widen(added));
+  return s < least && s > kMinusInfinity<C> ? least : s;
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
