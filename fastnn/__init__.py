@@ -6,7 +6,7 @@ import sys
 __version__ = "0.1.0"
 
 try:
-    from fastnn import backends, functional, nn
+    from fastnn import backends, distributed, functional, nn
     from fastnn._export import decompositions
     from fastnn._fallback import get_fallback, set_fallback
     from fastnn.accelerate import accelerate, explain, restore
@@ -20,6 +20,7 @@ __all__ = [
     "accelerate",
     "backends",
     "decompositions",
+    "distributed",
     "explain",
     "freeze",
     "functional",

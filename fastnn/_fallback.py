@@ -60,7 +60,7 @@ def get_fallback() -> str:
     return _mode
 
 
-def takes_class(cls: type) -> bool:
+def takes_class(cls: type[torch.Tensor]) -> bool:
     """Whether tensors of this subclass go to the ops: those whose class leaves calls to the dispatcher, as DTensor does."""
     if cls.__torch_function__ is not torch._C._disabled_torch_function_impl:
         return False

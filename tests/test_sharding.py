@@ -12,7 +12,12 @@ def test_linear():
 
 @pytest.mark.works("Distributed", "DTensor: attention on shards of batch, heads or queries")
 def test_attention():
-    assert_passed("attention_on_shards", "attention_with_a_mask_on_shards", "grouped_heads_on_a_mesh_of_two_dimensions")
+    assert_passed(
+        "attention_on_shards",
+        "attention_with_a_mask_on_shards",
+        "grouped_heads_on_a_mesh_of_two_dimensions",
+        "options_of_attention_on_shards",
+    )
 
 
 def test_attention_weights():
@@ -28,3 +33,7 @@ def test_the_rules_are_there_when_a_dtensor_comes_and_not_before():
     assert_passed(
         "importing_fastnn_leaves_dtensor_alone", "the_rules_are_known_to_a_compiled_function_that_comes_first"
     )
+
+
+def test_second_derivatives():
+    assert_passed("second_derivatives_on_shards")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -98,8 +101,8 @@ class _Ring:
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        whole = group or dist.group.WORLD
-        self.next, self.previous = (dist.get_global_rank(whole, (self.rank + i) % self.size) for i in (1, -1))
+        ranks = dist.get_process_group_ranks(group)
+        self.next, self.previous = ranks[(self.rank + 1) % self.size], ranks[self.rank - 1]
 
     def pass_on(self, tensors: list[Tensor]):
         """Start sending ``tensors`` to the next process; the function returned waits for those of the previous one.
@@ -141,7 +144,8 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, is_causal, options, zigzag, ring):
         scale, enable_gqa, softcap = options
-        output = lse = None
+        output: Any = None
+        lse: Any = None
         for other, (k, v) in ring.blocks([key.contiguous(), value.contiguous()]):
             parts = _parts(ring.rank, other, is_causal, zigzag, key.shape[-2] // 2)
             if parts is None:
@@ -174,7 +178,7 @@ class _RingAttention(torch.autograd.Function):
         grads = [torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (key, value)]
         for other, (k, v) in ring.blocks([key.contiguous(), value.contiguous()]):
             parts = _parts(ring.rank, other, ctx.is_causal, ctx.zigzag, key.shape[-2] // 2)
-            found = ()
+            found: Sequence[Tensor] = ()
             if parts is not None:
                 rows, columns, ordered = parts
                 found = torch.ops.fastnn.attention_backward(

@@ -38,6 +38,10 @@ def _given(placements, *tensors) -> list:
     return [p if t is not None else None for p, t in zip(placements, tensors, strict=True)]
 
 
+def _wanted(grads, output_mask) -> list:
+    return [grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True)]
+
+
 def _grad_of(placement):
     """A gradient lies as its tensor does; where others are sharded, that of a whole tensor is a sum of shares."""
     return placement if isinstance(placement, Shard) else Partial()
@@ -90,8 +94,7 @@ def _backward(rows, bias, saved, output_mask) -> list:
             grads = [_grad_of(x), _grad_of(w), _grad_of(b)]
         else:
             grads = [x, w, b]
-        grads = [grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True)]
-        found.append((grads, [output, x, w, *_given([b, output], bias, saved)]))
+        found.append((_wanted(grads, output_mask), [output, x, w, *_given([b, output], bias, saved)]))
     return found
 
 
@@ -240,10 +243,9 @@ def _(
     found = []
     for *placements, out, back in _attention_rows(query, key, value, attn_mask, is_causal, enable_gqa, window):
         grads = placements if back is None else [_grad_of(p) for p in placements]
-        grads = [grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True)]
         q, k, v, mask = placements
         inputs = [out, *_given([out], grad_lse), q, k, v, *_given([mask], attn_mask), out, out]
-        found.append((grads, [*inputs, *_given([Replicate()], philox_seed)]))
+        found.append((_wanted(grads, output_mask), [*inputs, *_given([Replicate()], philox_seed)]))
     return found
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils._pytree import tree_map
 
 
@@ -14,14 +14,16 @@ class _Layout:
     """Which dimensions of the mesh spread the batch of one call: those of its input. Else everything is whole."""
 
     def __init__(self, given: dict):
-        x, self.step = given["input"], given["input"].ndim == 2
-        self.mesh = next(t for t in given.values() if isinstance(t, DTensor)).device_mesh
+        x = given["input"]
+        if not isinstance(x, DTensor):
+            raise RuntimeError(
+                "fastnn.rnn: input must be a DTensor where weights or states are; got a plain Tensor. Use distribute_tensor."
+            )
+        self.mesh, self.step = x.device_mesh, x.ndim == 2
         self.batch, self.states = (0, 0) if self.step else (1, 1)
         # Rows of a PackedSequence and of a zoneout mask are steps and batch in one.
-        splits = isinstance(x, DTensor) and given["batch_sizes"] is None and given.get("zoneout_mask") is None
-        self.sharded = [
-            splits and p.is_shard(self.batch) for p in (x.placements if splits else [None] * self.mesh.ndim)
-        ]
+        whole = given["batch_sizes"] is not None or given["zoneout_mask"] is not None
+        self.sharded = [not whole and p.is_shard(self.batch) for p in x.placements]
 
     def placements(self, spread) -> list:
         return [spread if sharded else Replicate() for sharded in self.sharded]
@@ -49,7 +51,14 @@ def _localized(func, args, kwargs) -> tuple[dict, _Layout, tuple]:
     given |= dict(zip(given, args, strict=False)) | (kwargs or {})
     layout = _Layout(given)
     rows, states = Shard(layout.batch), Shard(layout.states)
-    along = {"input": rows, "output": rows, "grad_output": rows, "hx": states, "cx": states, "grad_h_n": states}
+    along: dict[str, Placement] = {
+        "input": rows,
+        "output": rows,
+        "grad_output": rows,
+        "hx": states,
+        "cx": states,
+        "grad_h_n": states,
+    }
     along |= {"grad_c_n": states, "reserve": Shard(1)}
     if layout.step:
         along["grad_h_n"] = Replicate()

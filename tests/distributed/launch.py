@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def torchrun(processes: int, script: Path, *arguments: str, seconds: int) -> str:
     """Run a script under torch.distributed.run; return what it printed, and after so many seconds what it had."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    where = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", *where]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     with subprocess.Popen(
         [*command, str(script), *arguments],

@@ -13,9 +13,9 @@ from fastnn.distributed import ring_attention, shard_positions
 
 
 def groups():
-    """All four processes, and the pair that this one is in."""
-    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "together"))
-    return [None, pairs["apart"].get_group(), pairs["together"].get_group()]
+    """All four processes, both pairs that this one is in, and itself alone."""
+    pairs = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("apart", "together", "alone"))
+    return [None, *pairs.get_all_groups()]
 
 
 def tensors(dtype, heads, kv_heads, length, keys, value_dim):

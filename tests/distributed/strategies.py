@@ -230,6 +230,14 @@ def recurrent_layers_on_shards():
         for one, other in zip(ours.parameters(), stock.parameters(), strict=True):
             torch.testing.assert_close(one.grad.full_tensor(), other.grad)
 
+    layer = distribute_module(fastnn.nn.GRU(4, 6, dtype=torch.float64), at)
+    try:
+        layer(x)
+    except RuntimeError as error:
+        assert "fastnn.rnn: input must be a DTensor where weights or states are; got a plain Tensor." in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+
 
 def recurrent_cells_on_shards():
     at, x = mesh(), rand(8, 4)
@@ -247,6 +255,38 @@ def recurrent_cells_on_shards():
             torch.testing.assert_close(one.grad.full_tensor(), other.grad)
 
 
+def second_derivatives_on_shards():
+    tensors = rand(4, 8), rand(6, 8)
+
+    def twice(linear):
+        def function(x, w):
+            (grad,) = torch.autograd.grad(linear(x, w).square().sum(), x, create_graph=True)
+            return grad.square().sum().reshape(1)
+
+        return function
+
+    def ours(x, w):
+        return functional.linear(x, w, activation="tanh")
+
+    compare(twice(ours), twice(lambda x, w: F.linear(x, w).tanh()), tensors, (S(0), R), mesh())
+
+
+def options_of_attention_on_shards():
+    """What changes between two calls of the same shapes reaches the kernel."""
+    at = mesh()
+    q, k, v = rand(2, 4, 8, 6), rand(2, 4, 8, 6), rand(2, 4, 8, 6)
+    ahead = torch.arange(8) - torch.arange(8)[:, None]
+    for left, scale in itertools.product((0, 1, 3), (None, 0.5)):
+
+        def ours(q, k, v):
+            return functional.scaled_dot_product_attention(q, k, v, window=(left, 0), scale=scale)
+
+        def stock(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, (ahead <= 0) & (ahead >= -left), scale=scale)
+
+        compare(ours, stock, (q, k, v), (S(1),) * 3, at, (S(1),) * 4)
+
+
 CHECKS = [
     the_rules_are_known_to_a_compiled_function_that_comes_first,
     linear_on_shards,
@@ -258,4 +298,6 @@ CHECKS = [
     conv2d_on_shards,
     recurrent_layers_on_shards,
     recurrent_cells_on_shards,
+    second_derivatives_on_shards,
+    options_of_attention_on_shards,
 ]
