@@ -13,9 +13,11 @@ ARGS ?=
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
+TIMM :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TIMM := build/timm/.ready
 endif
 
 SOURCES := setup.py \
@@ -28,14 +30,14 @@ build: build/.built
 demo: build/.built
 	$(RUN) bench/demo.py $(ARGS)
 
-test: build/.built
+test: build/.built $(TIMM)
 	$(RUN) -m pytest $(ARGS)
 
 bench: build/.built
 	$(RUN) bench/run.py $(ARGS)
 
 # Runs the tests that prove what fastnn works with, and writes their table.
-compatibility: build/.built
+compatibility: build/.built $(TIMM)
 	$(RUN) -m pytest -q --compatibility docs/compatibility.md $(ARGS)
 
 lint: $(READY)
@@ -101,6 +103,12 @@ $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fastnn needs Python 3.10 or newer"'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Not in .venv: timm wants torchvision, whose wheel is built with CUDA and, beside a CPU build of torch, breaks the import of
+# transformers. tests/torchvision_schemas.py lets tests import the two.
+build/timm/.ready: $(READY)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(@D) timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 # The extension lies beside the Python files (fastnn/_C*.so). Ninja compiles only what changed; build/interpreter

@@ -420,7 +420,9 @@ MODULES = {
 }
 
 
-@pytest.mark.works("Compilation", "every module whole (fullgraph), training, and once for all batch sizes and lengths (dynamic)")
+@pytest.mark.works(
+    "Compilation", "every module whole (fullgraph), training, and once for all batch sizes and lengths (dynamic)"
+)
 @pytest.mark.parametrize("name", MODULES)
 def test_each_module_compiles_whole_and_once(name):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -436,7 +438,9 @@ def test_each_module_compiles_whole_and_once(name):
 
 
 def test_every_module_is_there():
-    assert {name.split()[0] for name in MODULES} == set(fnn.__all__) - {"KVCache"}  # tests/test_kv_cache.py has that one
+    assert {name.split()[0] for name in MODULES} == set(fnn.__all__) - {
+        "KVCache"
+    }  # tests/test_kv_cache.py has that one
 
 
 @pytest.mark.works("Compilation", "compiled autograd, of compiled and of eager modules")
