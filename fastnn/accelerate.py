@@ -11,7 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -23,6 +23,9 @@ from fastnn.freeze import _BEFORE
 from fastnn.freeze import freeze as _freeze
 from fastnn.freeze import notes as _freeze_notes
 from fastnn.freeze import unfreeze as _unfreeze
+
+if TYPE_CHECKING:
+    from fastnn.compile import CompiledExplanation
 
 _FAST: dict[type, type] = {
     getattr(nn, name): getattr(fastnn.nn, name) for name in fastnn.nn.__all__ if hasattr(nn, name)
@@ -263,18 +266,24 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module | None = None) -> Explanation | CompiledExplanation:
     """Tell what fastnn serves in a model, what not, and why.
 
     Args:
-        model: any module, accelerated or not.
+        model: any module, accelerated or not; or one that ``torch.compile`` made or compiled with ``backend="fastnn"``, after
+            its first call. None: every graph that the backend compiled in this process, those of functions too.
 
     Returns:
-        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused.
+        A table to print, or to iterate over by :class:`Row`: every module that holds parameters or was fused. Of what was
+        compiled a list, or to iterate over by :class:`fastnn.rewrite.Report`: every graph.
 
     Raises:
         TypeError: if ``model`` is no module.
     """
+    if model is None or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        from fastnn.compile import compiled_graphs  # not at the top: it imports Dynamo
+
+        return compiled_graphs(model)
     _check_module("explain", model)
     notes = _freeze_notes(model)
     names: dict[int, list[str]] = {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastnn._fallback import unpatched
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -217,6 +220,15 @@ def attention_dropout_mask(philox_seed: Tensor, dropout_p: float, shape: Sequenc
     return (word >= min(int(dropout_p * 2**32), low)).reshape(shape)
 
 
+def _no_autocast(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContextManager:
+    """Let a formula compute in the dtypes that it gets: a backward may run inside autocast's region, and the forward cast."""
+    device = next(t.device.type for t in tensors if t is not None)
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
+
+
+@unpatched()
 def vjp(
     f: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_output: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
@@ -232,7 +244,7 @@ def vjp(
         The gradient of each input, None where it is not wanted or f does not depend on it.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_autocast(inputs):
         # Aliases, so that the derivative is taken at this place of the graph and not through its history.
         xs = [_alias(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
         chosen = [x for x, want in zip(xs, wanted, strict=True) if want]
@@ -241,6 +253,7 @@ def vjp(
     return tuple(next(found) if want else None for want in wanted)
 
 
+@unpatched()  # served, the formula of a derivative would ask for itself
 def vjp_of_vjp(
     f: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
@@ -264,7 +277,7 @@ def vjp_of_vjp(
         Gradients of the ``grad_outputs`` and of the ``inputs``, None where there is none.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_autocast(inputs):
         # Aliases, so that the derivative is taken at this place of the graph and not through its history.
         xs = [_alias(x) for x in inputs]
         gs = [_alias(g) for g in grad_outputs]

@@ -45,6 +45,7 @@ def test_a_wheel_installs_and_imports_in_a_new_environment(wheel, tmp_path):
     code = (
         "import fastnn, torch; from fastnn import functional as f\n"
         "assert f.linear(torch.ones(2, 3), torch.ones(4, 3)).eq(3).all()\n"
+        "assert 'fastnn' in torch._dynamo.list_backends()\n"
         "print(fastnn.__file__, fastnn.__version__)"
     )
     file, version = run(python, "-c", code, cwd=tmp_path, env=clean).stdout.split()

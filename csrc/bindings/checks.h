@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -64,6 +65,13 @@ inline void check_same(const char* op, const char* name, const Tensor& t, const 
               first.device(), "); got ", t.device(), ".");
 }
 
+// What a question about a call's algorithm asks with, where autocast will give input and weight one dtype: input, or a tensor
+// like it of weight's dtype.
+inline Tensor cast_alike(const Tensor& input, const Tensor& weight) {
+  if (input.scalar_type() == weight.scalar_type()) return input;
+  return at::empty_strided(input.sizes(), input.strides(), input.options().dtype(weight.scalar_type()));
+}
+
 // Threads for one call: torch.set_num_threads, and one inside somebody's parallel region.
 inline int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -76,16 +84,17 @@ inline bool transformed(py::handle h) {
          (THPVariable_Check(h.ptr()) && THPVariable_Unpack(h.ptr())._fw_grad(0).defined());
 }
 
-// A tensor whose class overrides __torch_function__ belongs to its class, not to a kernel.
+// A tensor of torch's own two classes, or of another that Python says the ops serve: one that overrides
+// __torch_function__ belongs to its class, not to a kernel.
 inline bool plain(py::handle h) {
   if (transformed(h)) return false;
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
   if (h.is_none() || type == THPVariableClass || !THPVariable_Check(h.ptr())) return true;
   static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
   if (type == parameter) return true;
-  static PyObject* const disabled =
-      py::object(py::module_::import("torch._C").attr("_disabled_torch_function_impl")).release().ptr();
-  return py::object(py::handle(type).attr("__torch_function__")).ptr() == disabled;
+  static PyObject* const takes_class =
+      py::object(py::module_::import("fastnn._fallback").attr("takes_class")).release().ptr();
+  return py::handle(takes_class)(py::handle(type)).cast<bool>();
 }
 
 inline const Tensor& tensor_argument(const char* op, const char* name, py::handle h) {

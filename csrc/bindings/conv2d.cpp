@@ -238,7 +238,7 @@ py::object conv2d_packing(py::handle input, py::handle weight, py::handle stride
   const Tensor &x = tensor_argument("conv2d", "input", input), &w = tensor_argument("conv2d", "weight", weight);
   const auto g = read_geometry(stride, padding, dilation);
   if (!served(x) || !served(w) || !g) return py::none();
-  const Conv2dProblem q = check_conv2d(x, w, std::nullopt, g->stride, g->padding, g->dilation, groups);
+  const Conv2dProblem q = check_conv2d(cast_alike(x, w), w, std::nullopt, g->stride, g->padding, g->dilation, groups);
   const Conv2dAlgorithm a = choose(q, w, true);
   if (a == Conv2dAlgorithm::Linear) return py::none();
   const char* const name = is_winograd(a) ? kConv2dAlgorithmNames[static_cast<int>(a)] : nullptr;

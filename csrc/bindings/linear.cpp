@@ -131,6 +131,33 @@ std::tuple<Tensor, Tensor> linear_train_kernel(const Tensor& input, const Tensor
   return {std::move(output), std::move(preactivation)};
 }
 
+// A matrix [K, N] that came as weight by its transpose: a product, not a layer.
+bool transposed(const Tensor& weight) {
+  return weight.dim() == 2 && !weight.is_contiguous() && weight.t().is_contiguous();
+}
+
+// The gradient of such a weight, laid out as it is, for autograd would copy another layout: dWᵀ = Xᵀ G, a linear of Xᵀ
+// with the weight Gᵀ.
+Tensor transposed_grad_weight(const Problem& q, const Tensor& grad) {
+  const Tensor input = q.input.t(), weight = grad.t(), output = at::empty({q.K, q.N}, q.weight.options());
+  LinearForward p;
+  p.activation = Activation::None;
+  p.dtype = *dtype_of(input);
+  p.M = q.K, p.N = q.N, p.K = q.M;
+  p.input = input.const_data_ptr();
+  p.input_row = input.stride(0), p.input_col = input.stride(1);
+  p.weight = weight.const_data_ptr();
+  p.weight_row = weight.stride(0), p.weight_col = weight.stride(1);
+  p.packed = p.bias = nullptr;
+  p.output = output.mutable_data_ptr();
+  p.preactivation = nullptr;
+  p.algorithm = linear_algorithm(p.dtype, p.M, p.N, p.K, input.stride(1) == 1 && weight.stride(1) == 1, false);
+  p.threads = num_threads();
+  p.allow_tf32 = allow_tf32(input);
+  if (output.numel() > 0) run(input, p);
+  return output.t();
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_backward_kernel(const Tensor& grad_output, const Tensor& input,
                                                           const Tensor& weight, const OptionalTensor& bias,
                                                           const OptionalTensor& saved, Name activation,
@@ -160,7 +187,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_kernel(const Tensor& grad_out
   p.weight_row = q.weight.stride(0), p.weight_col = q.weight.stride(1);
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
-  if (output_mask[1]) grad_weight = at::empty(weight.sizes(), weight.options());
+  if (output_mask[1] && p.activation == Activation::None && transposed(weight)) {
+    grad_weight = transposed_grad_weight(q, grad);
+    output_mask[1] = false;
+  } else if (output_mask[1]) {
+    grad_weight = at::empty(weight.sizes(), weight.options());
+  }
   if (output_mask[2]) grad_bias = at::empty({q.N}, weight.options());
   p.grad_input = output_mask[0] ? grad_input.mutable_data_ptr() : nullptr;
   p.grad_weight = output_mask[1] ? grad_weight.mutable_data_ptr() : nullptr;
@@ -316,7 +348,8 @@ void bind_linear(py::module_& m) {
       [](py::handle input, py::handle weight) {
         if (!plain(input) || !plain(weight)) return false;
         const Tensor &x = tensor_argument("linear", "input", input), &w = tensor_argument("linear", "weight", weight);
-        return served(x) && served(w) && choose(check(x, w, std::nullopt), true) == LinearAlgorithm::Packed;
+        return served(x) && served(w) &&
+               choose(check(cast_alike(x, w), w, std::nullopt), true) == LinearAlgorithm::Packed;
       },
       py::arg("input"), py::arg("weight"), "Whether a call with frozen weights would read packed ones.");
   m.def(

@@ -62,7 +62,7 @@ def conv2d(
         if output is not None:
             return output
     where = geometry(weight, stride, padding, dilation)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for part in where for n in part):
         if _fallback.why_not(input, weight, bias) is None:
             return torch.ops.fastnn.conv2d(input, weight, bias, *where, groups, activation, packed)
     elif where != (stride, padding, dilation):  # now in the form that the kernels take

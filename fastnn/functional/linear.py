@@ -91,11 +91,17 @@ def _(input, weight, bias, activation):
     return input.new_empty(shape), input.new_empty(shape)
 
 
+def _empty_grad_weight(weight: Tensor, activation: str | None) -> Tensor:
+    if activation is None and weight.dim() == 2 and not weight.is_contiguous() and weight.t().is_contiguous():
+        return weight.t().new_empty(weight.t().shape).t()  # transposed_grad_weight in csrc/bindings/linear.cpp
+    return weight.new_empty(weight.shape)
+
+
 @torch.library.register_fake("fastnn::linear_backward")
 def _(grad_output, input, weight, bias, saved, activation, output_mask):
     return (
         input.new_empty(input.shape) if output_mask[0] else None,
-        weight.new_empty(weight.shape) if output_mask[1] else None,
+        _empty_grad_weight(weight, activation) if output_mask[1] else None,
         weight.new_empty(bias.shape if bias is not None else weight.shape[:-1]) if output_mask[2] else None,
     )
 

@@ -103,7 +103,7 @@ def varlen_attn(
     elif needs_grad:
         results = [torch.cat(some, dim) for dim, some in enumerate(zip(*parts, strict=True))]
     else:
-        results = _written(parts, query, value.shape[2], return_lse)
+        results = _written(parts, query.shape[0])
     return tuple(results) if return_lse else results[0]
 
 
@@ -127,17 +127,15 @@ def _attend(
         yield output.transpose(1, 2).flatten(0, 1), *(t.transpose(0, 1).flatten(1) for t in lse)
 
 
-def _written(parts: Iterator[tuple[Tensor, ...]], query: Tensor, value_dim: int, return_lse: bool) -> list[Tensor]:
+def _written(parts: Iterator[tuple[Tensor, ...]], total: int) -> list[Tensor]:
     """Write each part to its place: a cat would hold every output twice."""
-    total, heads, _ = query.shape
-    results = [query.new_empty(total, heads, value_dim)]
-    if return_lse:
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        results.append(query.new_empty(heads, total, dtype=dtype))
+    results: list[Tensor] = []
     start = 0
-    for part in parts:
-        length = part[0].shape[0]
-        for dim, (result, some) in enumerate(zip(results, part, strict=True)):
+    for output, *lse in parts:
+        if not results:
+            results = [output.new_empty(total, *output.shape[1:]), *(t.new_empty(t.shape[0], total) for t in lse)]
+        length = output.shape[0]
+        for dim, (result, some) in enumerate(zip(results, (output, *lse), strict=True)):
             result.narrow(dim, start, length).copy_(some)
         start += length
     return results

@@ -57,9 +57,9 @@ class TransformerEncoder(nn.TransformerEncoder):
             return None
         if not (getattr(self, "use_nested_tensor", False) and torch.backends.mha.get_fastpath_enabled()):
             return None
-        if torch.is_autocast_enabled() or torch.overrides.has_torch_function((src,)):
-            return None
         if src.device.type not in ("cpu", "cuda", "xpu"):
+            return None
+        if torch.is_autocast_enabled(src.device.type) or torch.overrides.has_torch_function((src,)):
             return None
         if torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in layer.parameters())):
             return None
