@@ -94,11 +94,15 @@ def why_not(*tensors: torch.Tensor | None, op: str = "") -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # Dynamo runs the transforms that it traces, and guards on those around it
 def _differentiated() -> bool:
     """Whether a transform of torch.func differentiates: the C++ Functions, which a graph would hold, do not know it."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in stack)
+
+
+# torch.compiler.assume_constant_result, without its import of Dynamo: Dynamo runs the transforms that it traces, and guards
+# on those around it.
+_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fallback(op: str, tensors: tuple[torch.Tensor | None, ...], call: Callable[[], torch.Tensor], reason: str = ""):
