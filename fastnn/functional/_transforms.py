@@ -40,7 +40,7 @@ def _plain(t: Tensor | None) -> bool:
     """Whether a tensor's class leaves the functions of torch as they are; see csrc/bindings/checks.h."""
     if t is None or type(t) in (Tensor, torch.nn.Parameter):
         return True
-    return type(t).__torch_function__ is torch._C._disabled_torch_function_impl
+    return _fallback.takes_class(type(t))
 
 
 def vjp(f: Callable[..., Tensors], args: Tensors, cotangents: Tensors, wanted: Sequence[bool]) -> Tensors:
