@@ -127,7 +127,7 @@ def test_what_is_added_and_is_no_bias_stays():
         return torch.add(x @ w, b, alpha=2)
 
     def wider(x, w, b):
-        return x[:1, :] @ w[:, :1] + b  # [1, 1] + [4]
+        return x @ w[:, :1] + b  # [3, 1] + [4]
 
     for model in (row, matrix, scaled, wider):
         report = agrees(model, *tensors((3, 5), (5, 4), (4,)))
