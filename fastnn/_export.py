@@ -74,7 +74,7 @@ def _cell(input, hx, cx, weights, mode):
 
 
 def _layer(input, batch_sizes, hx, cx, weights, mode):
-    stack = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm, "GRU": _VF.gru}[mode]
+    stack: Any = {"RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu, "LSTM": _VF.lstm, "GRU": _VF.gru}[mode]
     directions = int(hx.shape[0])  # a tensor under torch.jit.trace
     rest = (len(weights) // directions >= 4, 1, 0.0, False, directions == 2)
     states = hx if cx is None else (hx, cx)
