@@ -8,6 +8,7 @@ namespace fastnn::cuda {
 
 // The plan of the current device.
 LinearPlan linear_forward_plan(const LinearForward& p);
-Status linear_forward_planned(const LinearForward& p, const LinearPlan& plan, const Workspace& workspace, Stream stream);
+Status linear_forward_planned(const LinearForward& p, const LinearPlan& plan, const Workspace& workspace,
+                              Stream stream);
 
 }  // namespace fastnn::cuda
