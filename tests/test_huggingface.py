@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastnn
 from fastnn import functional, huggingface
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -227,6 +228,22 @@ def test_compile():
         huggingface.switch(model)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(answer(compiled, call), expected)
+
+
+def test_a_saved_model_attends_by_fastnn_in_a_new_process(tmp_path):
+    model, call = MODELS["llama, grouped queries"]().eval(), inputs()
+    fast = fastnn.accelerate(model)
+    with torch.no_grad():
+        expected = fast(**call)[0]
+    torch.save((fast, call, expected), tmp_path / "model.pt")
+    code = (
+        "import sys, torch, fastnn\n"
+        "model, call, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert 'attention of LlamaForCausalLM served by fastnn' in str(fastnn.explain(model))\n"
+        "with torch.no_grad(): torch.testing.assert_close(model(**call)[0], expected)\n"
+        "assert fastnn.restore(model).config._attn_implementation == 'sdpa'"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True, env={**os.environ})
 
 
 def test_import_is_lazy():
