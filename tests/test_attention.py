@@ -657,3 +657,20 @@ def test_fallback():
     fastnn.set_fallback("error")
     with pytest.raises(RuntimeError, match="fastnn.attention: no kernel takes this input"):
         attention(own, key, value)
+
+
+@pytest.mark.parametrize("length", [7, 300])
+@pytest.mark.parametrize("hidden", [-1e9, -1e30, torch.finfo(torch.float32).min])
+def test_a_row_masked_by_a_number_is_the_mean_of_the_values(hidden, length):
+    """Least finite numbers are what people mask with; times log2(e) they would be -infinity, and less themselves NaN."""
+    q, k, v = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(length, length)
+    mask[2], mask[:, -1] = hidden, hidden
+    grad = torch.randn(1, 2, length, 16)
+    grad[:, :, 2] = 0  # nobody looks at such a row, and its gradient must not spoil the others'
+    own, stock = (
+        (y := f(q, k, v, mask), *torch.autograd.grad(y, (q, k, v), grad))
+        for f in (attention, F.scaled_dot_product_attention)
+    )
+    torch.testing.assert_close(own, stock, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fastnn.functional.attention_weights(q, k, v, mask)[0], stock[0], rtol=1e-4, atol=1e-5)

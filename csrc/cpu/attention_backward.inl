@@ -127,15 +127,12 @@ inline Range gradient_strip(const AttentionBackwardParams& b, int64_t head, int6
     const Row row{head, q + r};
     finish_scores<T>(p, row, k0 + begin, width, padded, s + begin, capped ? m.slope : nullptr);
     const C lse = static_cast<const C*>(p.lse)[head * p.query_length + row.query];
-    // A row with no key to see has lse -infinity, and P = 0. Masked scores have lse's scale: it is taken off first, as a
-    // row masked by the least finite number would overflow.
-    const bool seen = lse != kNegativeInfinity<C>, masked = has_score_pass(p);
-    const Vec<C> less_lse = splat<C>(!masked ? C(0) : seen ? lse : -kNegativeInfinity<C>), factor = splat<C>(c);
-    const Vec<C> shift = splat<C>(!seen ? kNegativeInfinity<C> : masked ? C(0) : -lse * kLog2E<C>);
+    // A row with no key to see has lse -infinity, and P = 0. Huge ones are masked: there, scores have lse's scale.
+    const Exponent<C> exponent(lse == kNegativeInfinity<C> ? -lse : lse, c, kLog2E<C>);
     const Vec<C> less = splat<C>(delta[head * p.query_length + row.query]);
     if (p.dropout_p > 0) drop<C>(p, row, k0 + begin, width, d + begin, d + begin);
     for (int64_t j = begin; j < begin + padded; j += L) {
-      const Vec<C> x = vexp2_nonpositive(fma(load(s + j) - less_lse, factor, shift));
+      const Vec<C> x = vexp2_nonpositive(exponent(load(s + j)));
       store(s + j, x);
       store(d + j, x * fma(load(d + j), splat<C>(keep), -less));
     }

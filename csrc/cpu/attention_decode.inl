@@ -51,13 +51,13 @@ FASTNN_INLINE C largest(int64_t padded, const C* score) {
   return reduce_max<C>(top);
 }
 // Scores become exponentials below `top`, whose sum is returned. Nothing seen yet, -infinity, is taken for 0: -inf less
-// -inf is NaN. First less, then times c: c · top would overflow where a row is masked by the least finite number.
+// -inf is NaN.
 template <class C>
 FASTNN_INLINE C exponentials(int64_t padded, C c, C top, C* score) {
-  const Vec<C> safe = splat<C>(top == kNegativeInfinity<C> ? C(0) : top), factor = splat<C>(c);
+  const Exponent<C> exponent(top == kNegativeInfinity<C> ? C(0) : top, c, c);
   Vec<C> total = zero<C>();
   for (int64_t j = 0; j < padded; j += kLanes<C>) {
-    const Vec<C> e = vexp2_nonpositive((load(score + j) - safe) * factor);
+    const Vec<C> e = vexp2_nonpositive(exponent(load(score + j)));
     store(score + j, e);
     total += e;
   }

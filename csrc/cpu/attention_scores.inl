@@ -89,6 +89,19 @@ inline C score_factor(const AttentionParams& p) {
   return has_score_pass(p) ? kLog2E<C> : static_cast<C>(p.scale * 1.44269504088896340735992468100189214);
 }
 
+// Exponents c · s - c · top are fma(s - from, c, shift): top goes into the shift, whose rounding all keys share. A top
+// that is huge, as of a row masked by the least finite number, would overflow there or leave its rounding error for a
+// score: it is taken off first.
+template <class C>
+struct Exponent {
+  Vec<C> from, factor, shift;
+  Exponent(C top, C c, C top_factor) : factor(splat<C>(c)) {
+    const bool huge = top < C(-1 << 20) && top > kNegativeInfinity<C>;
+    from = splat<C>(huge ? top : C(0)), shift = splat<C>(huge ? C(0) : -top * top_factor);
+  }
+  FASTNN_INLINE Vec<C> operator()(Vec<C> s) const { return fma(s - from, factor, shift); }
+};
+
 // What a query gets that has no key to see.
 template <class C>
 inline C value_of_unseen(const AttentionParams& p) {
