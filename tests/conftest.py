@@ -84,6 +84,6 @@ def page(rows) -> str:
             if at == area and row["passed"] and row["tests"]:
                 release = f"{package} {importlib.metadata.version(package).split('+')[0]}"
                 tests = ", ".join(f"`{test}`" for test in row["tests"])
-                text.append(f"| {what} | {release} | {tests} | {', '.join(row['notes'])} |")
+                text.append(f"| {what} | {release} | {tests} | {', '.join(dict.fromkeys(row['notes']))} |")
         text.append("")
     return "\n".join(text)
