@@ -38,7 +38,7 @@ bench: build/.built
 
 # Runs the tests that prove what fastnn works with, and writes their table.
 compatibility: build/.built $(TIMM)
-	$(RUN) -m pytest -q -m works --compatibility docs/compatibility.md $(ARGS)
+	$(RUN) -m pytest -q -m works --compatibility=docs/compatibility.md $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
