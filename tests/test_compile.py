@@ -385,6 +385,7 @@ assert callable(fastnn.compile.backend) and "torch._inductor.compile_fx" not in 
 fnn = fastnn.nn
 MODULES = {
     "Linear": (lambda: fnn.Linear(8, 4, activation="gelu"), lambda n, t: [torch.randn(n, t, 8)]),
+    "Conv1d": (lambda: fnn.Conv1d(3, 4, 3, padding=1), lambda n, t: [torch.randn(n, 3, t)]),
     "Conv2d": (lambda: fnn.Conv2d(3, 4, 3, padding=1, activation="silu"), lambda n, t: [torch.randn(n, 3, t, 6)]),
     "RNN": (lambda: fnn.RNN(8, 5, 2, batch_first=True), lambda n, t: [torch.randn(n, t, 8)]),
     "GRU": (lambda: fnn.GRU(8, 5, bidirectional=True), lambda n, t: [torch.randn(t, n, 8)]),

@@ -199,6 +199,7 @@ SMALL = {"dropout": 0.0, "batch_first": True}
 SMOOTH = SMALL | {"activation": "gelu"}  # where no rounding switches a unit off
 MODULES = {
     "Linear": ("Linear", (16, 8), {}, TOKENS, {}),
+    "Conv1d": ("Conv1d", (4, 6, 3), {"padding": 1}, lambda: (randn(2, 4, 9),), {}),
     "Conv2d": ("Conv2d", (4, 6, 3), {"padding": 1}, lambda: (randn(2, 4, 7, 7),), {}),
     "MultiheadAttention": ("MultiheadAttention", (16, 2), SMALL, ATTENTION, {"need_weights": False}),
     "MultiheadAttention, weights": ("MultiheadAttention", (16, 2), SMALL | {"add_bias_kv": True}, ATTENTION, {}),
