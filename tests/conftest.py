@@ -2,7 +2,7 @@
 
 And docs/compatibility.md: one row for each ``@pytest.mark.works(area, what, package="torch")``, written by the tests that
 prove it. ``make compatibility`` runs the marked tests and writes the file. A row's last column holds what its tests
-recorded with ``record_property(name, value)``. A row whose tests did not all pass is not written.
+recorded with ``record_property(name, value)``. A row of which a test failed, or none ran, is not written.
 """
 
 import importlib.metadata
@@ -63,8 +63,8 @@ def pytest_runtest_makereport(item, call):
     rows = item.config.stash.setdefault(ROWS, {})
     for area, what, package, test in _rows(item):
         row = rows.setdefault((area, what, package), {"tests": [], "notes": [], "passed": True})
-        row["passed"] &= report.passed
-        if report.when == "call":
+        row["passed"] &= not report.failed
+        if report.when == "call" and report.passed:
             row["tests"] += [test] if test not in row["tests"] else []
             row["notes"] += [f"{name} {value}" for name, value in report.user_properties]
     return report
