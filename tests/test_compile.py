@@ -431,8 +431,9 @@ def test_every_module_is_there():
     assert kinds >= set(fnn.__all__) - {"KVCache"}  # tests/test_kv_cache.py has that one
 
 
-@pytest.mark.works("Compilation", "compiled autograd, of compiled modules")
-def test_compiled_autograd():
+@pytest.mark.works("Compilation", "compiled autograd, of compiled modules and of modules as they are")
+@pytest.mark.parametrize("whole", [True, False], ids=["compiled", "eager"])
+def test_compiled_autograd(whole):
     from torch._dynamo import compiled_autograd
 
     model = nn.Sequential(fnn.Conv2d(3, 4, 3, activation="relu"), nn.Flatten(2), fnn.GRU(36, 8, batch_first=True))
@@ -446,8 +447,9 @@ def test_compiled_autograd():
     x = torch.randn(2, 3, 8, 8)
     expected = torch.autograd.grad(loss(x), parameters)
     counters.clear()
-    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
-    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+    value = (torch.compile(loss, backend="aot_eager", fullgraph=True) if whole else loss)(x)
+    # The C++ nodes of modules as they are run between two graphs.
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=whole)):
         value.backward()
     torch.testing.assert_close([p.grad for p in parameters], list(expected))
     assert counters["compiled_autograd"]["captures"] == 1

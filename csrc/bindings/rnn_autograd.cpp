@@ -1,5 +1,6 @@
 // fastnn::rnn above its kernels: schemas, the autograd Function, Python's way in.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -44,6 +45,11 @@ const auto& rnn_backward_op() {
   return op;
 }
 
+// One step of a cell, whose output is its state: h_n is empty.
+bool one_step(const Tensor& input, const OptionalTensor& batch_sizes) {
+  return input.dim() == 2 && !(batch_sizes && batch_sizes->defined());
+}
+
 OptionalTensor defined_only(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 OptionalTensorList listed(at::TensorList norms) { return norms.empty() ? OptionalTensorList() : norms; }
@@ -64,11 +70,11 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     ctx->saved_data["norms"] = static_cast<int64_t>(norms.size());
     ctx->saved_data["zoneout"] = zoneout;
     ctx->set_materialize_grads(false);
-    Tensors empty;
-    if (input.dim() == 2 && !(batch_sizes && batch_sizes->defined())) empty.push_back(h_n);
-    if (!cx || !cx->defined()) empty.push_back(c_n);
-    ctx->mark_non_differentiable(empty);
-    return {output, h_n, c_n};
+    // Without those that are empty: marked as not differentiable, they would keep compiled autograd away.
+    Tensors results = {output};
+    if (!one_step(input, batch_sizes)) results.push_back(h_n);
+    if (cx && cx->defined()) results.push_back(c_n);
+    return results;
   }
 
   static Tensors backward(torch::autograd::AutogradContext* ctx, Tensors grads) {
@@ -76,8 +82,11 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     const auto first_norm = saved.end() - ctx->saved_data["norms"].toInt();
     const Tensors weights(saved.begin() + 7, first_norm), norms(first_norm, saved.end());
     Tensors result(7 + weights.size() + norms.size());
-    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     const OptionalTensor batch_sizes = defined_only(saved[1]), cx = defined_only(saved[3]);
+    const bool step = one_step(saved[0], batch_sizes);
+    const OptionalTensor grad_output = defined_only(grads[0]), grad_h_n = step ? std::nullopt : defined_only(grads[1]),
+                         grad_c_n = cx ? defined_only(grads.back()) : std::nullopt;
+    if (!grad_output && !grad_h_n && !grad_c_n) return result;
     const size_t state = batch_sizes ? 2 : 1, first = state + (cx ? 2 : 1);  // edges: only of tensors that are there
     bool any = false;
     for (size_t i = 0; i < weights.size() + norms.size(); ++i) any |= ctx->needs_input_grad(first + i);
@@ -87,10 +96,9 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled())
       guard.emplace();  // create_graph: through Autograd, whose formula is in reference.py
-    auto [grad_input, grad_hx, grad_cx, grad_weights, grad_norms] =
-        rnn_backward_op().call(defined_only(grads[0]), defined_only(grads[1]), defined_only(grads[2]), saved[0],
-                               batch_sizes, saved[2], cx, weights, saved[4], saved[5], mode, listed(norms),
-                               defined_only(saved[6]), ctx->saved_data["zoneout"].toDouble(), mask);
+    auto [grad_input, grad_hx, grad_cx, grad_weights, grad_norms] = rnn_backward_op().call(
+        grad_output, grad_h_n, grad_c_n, saved[0], batch_sizes, saved[2], cx, weights, saved[4], saved[5], mode,
+        listed(norms), defined_only(saved[6]), ctx->saved_data["zoneout"].toDouble(), mask);
     result[0] = grad_input, result[2] = grad_hx, result[3] = grad_cx;
     std::move(grad_weights.begin(), grad_weights.end(), result.begin() + 4);
     std::move(grad_norms.begin(), grad_norms.end(), result.begin() + 4 + weights.size());
@@ -109,7 +117,8 @@ Outputs rnn_autograd(const Tensor& input, const OptionalTensor& batch_sizes, con
     for (const Tensor& w : scales) wanted |= w.requires_grad();
     if (wanted) {
       Tensors y = RnnFunction::apply(input, batch_sizes, hx, cx, weights, scales, zoneout_mask, mode, zoneout);
-      return {std::move(y[0]), std::move(y[1]), std::move(y[2])};
+      const Tensor none = at::empty({0}, input.options());
+      return {y[0], one_step(input, batch_sizes) ? none : y[1], cx && cx->defined() ? y.back() : none};
     }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
