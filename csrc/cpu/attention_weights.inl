@@ -46,8 +46,7 @@ inline void weights_strip(const AttentionParams& p, int64_t head, int64_t q, int
     const C top = static_cast<const C*>(p.maximum)[at], sum = static_cast<const C*>(p.sum)[at];
     const Exponent<C> exponent(top == kNegativeInfinity<C> ? C(0) : top, c, c);
     const Vec<C> inverse = splat<C>(sum == 0 ? value_of_unseen<C>(p) : C(1) / sum);
-    for (int64_t j = 0; j < padded; j += kLanes<C>)
-      store(s + j, vexp2_nonpositive(exponent(load(s + j))) * inverse);
+    for (int64_t j = 0; j < padded; j += kLanes<C>) store(s + j, vexp2_nonpositive(exponent(load(s + j))) * inverse);
     if (p.dropout_p > 0) drop<C>(p, row, k0, count, s, s);
   }
 }
