@@ -19,11 +19,11 @@ def tracing() -> bool:
 
 def ops() -> Any:
     """What a traced call consists of: the ops, or their formulas while ``torch.onnx.export`` is at work."""
-    return _Formulas if torch.onnx.is_in_onnx_export() else torch.ops.fastnn
+    return Formulas if torch.onnx.is_in_onnx_export() else torch.ops.fastnn
 
 
-class _Formulas:
-    """The arguments and results of each op, computed by torch's own operators."""
+class Formulas:
+    """The arguments and results of each op, computed by torch's own operators: for exporters, and where no kernel serves."""
 
     @staticmethod
     def linear(input, weight, bias, activation=None, packed=None):
@@ -129,4 +129,4 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
         For each op that a forward consists of, a function with its arguments and results.
     """
     names = ("linear", "conv2d", "attention", "attention_weights", "rnn")
-    return {getattr(torch.ops.fastnn, name).default: getattr(_Formulas, name) for name in names}
+    return {getattr(torch.ops.fastnn, name).default: getattr(Formulas, name) for name in names}

@@ -37,10 +37,8 @@ def call(op: Op, *tensors: Tensor | None, name: str | None = None) -> tuple[Tens
 
 
 def _plain(t: Tensor | None) -> bool:
-    """Whether a tensor's class leaves the functions of torch as they are; see csrc/bindings/checks.h."""
-    if t is None or type(t) in (Tensor, torch.nn.Parameter):
-        return True
-    return _fallback.takes_class(type(t))
+    """Whether a tensor's class leaves the functions of torch as they are; as ``plain`` of csrc/bindings/checks.h."""
+    return t is None or type(t) in (Tensor, torch.nn.Parameter) or _fallback.takes_class(type(t))
 
 
 def vjp(f: Callable[..., Tensors], args: Tensors, cotangents: Tensors, wanted: Sequence[bool]) -> Tensors:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
@@ -75,7 +74,7 @@ def conv2d(
     return _fallback.fallback(
         "conv2d",
         (input, weight, bias),
-        lambda: reference.activate(_stock(input, weight, bias, *where, groups), activation),
+        lambda: _export.Formulas.conv2d(input, weight, bias, *where, groups, activation),
     )
 
 
@@ -88,13 +87,6 @@ def geometry(weight: Tensor, stride, padding, dilation) -> tuple[list[int], list
         return steps, _pair("padding", padding[:2]) + _pair("padding", padding[2:]), spread
     rows, columns = _pair("padding", padding)
     return steps, [rows, rows, columns, columns], spread
-
-
-def _stock(input, weight, bias, stride, padding, dilation, groups) -> Tensor:
-    top, bottom, left, right = padding
-    if top != bottom or left != right:
-        input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
-    return F.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
 
 
 def _pair(name: str, value) -> list[int]:

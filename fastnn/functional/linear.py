@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn import _export, _fallback, reference
@@ -57,7 +56,7 @@ def linear(
         output = _fallback.fallback(
             "linear",
             (input, weight, bias),
-            lambda: reference.activate(F.linear(input, weight, bias), activation),
+            lambda: _export.Formulas.linear(input, weight, bias, activation),
         )
     return output
 
