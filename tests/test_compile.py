@@ -429,27 +429,3 @@ def test_each_module_compiles_whole_and_once(name):
 def test_every_module_is_there():
     kinds = {type(m).__name__ for build, _ in MODULES.values() for m in build().modules()}
     assert kinds >= set(fnn.__all__) - {"KVCache"}  # tests/test_kv_cache.py has that one
-
-
-@pytest.mark.works("Compilation", "compiled autograd, of compiled modules and of modules as they are")
-@pytest.mark.parametrize("whole", [True, False], ids=["compiled", "eager"])
-def test_compiled_autograd(whole):
-    from torch._dynamo import compiled_autograd
-
-    model = nn.Sequential(fnn.Conv2d(3, 4, 3, activation="relu"), nn.Flatten(2), fnn.GRU(36, 8, batch_first=True))
-    attend, out = fnn.MultiheadAttention(8, 2, batch_first=True), fnn.Linear(8, 2, activation="gelu")
-    parameters = [*model.parameters(), *attend.parameters(), *out.parameters()]
-
-    def loss(x):
-        y, _ = model(x)
-        return out(attend(y, y, y, need_weights=False)[0]).square().mean()
-
-    x = torch.randn(2, 3, 8, 8)
-    expected = torch.autograd.grad(loss(x), parameters)
-    counters.clear()
-    value = (torch.compile(loss, backend="aot_eager", fullgraph=True) if whole else loss)(x)
-    # The C++ nodes of modules as they are run between two graphs.
-    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=whole)):
-        value.backward()
-    torch.testing.assert_close([p.grad for p in parameters], list(expected))
-    assert counters["compiled_autograd"]["captures"] == 1

@@ -61,6 +61,8 @@ std::array<bool, 4> wanted_gradients(AutogradContext* ctx, const Tensor& attn_ma
 namespace {
 
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: the backward is one op
+
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& attn_mask, const OptionalTensor& philox_seed,
                                const AttentionOptions& o) {

@@ -26,6 +26,8 @@ const auto& conv2d_backward_op() {
 }
 
 struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: the backward is one op
+
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                         int64_t groups, Name activation) {

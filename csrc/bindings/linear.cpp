@@ -244,6 +244,8 @@ const auto& linear_backward_op() {
 }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: the backward is one op
+
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias, Name activation) {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -55,6 +55,8 @@ OptionalTensor defined_only(const Tensor& t) { return t.defined() ? OptionalTens
 OptionalTensorList listed(at::TensorList norms) { return norms.empty() ? OptionalTensorList() : norms; }
 
 struct RnnFunction : torch::autograd::Function<RnnFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd: the backward is one op
+
   static Tensors forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const OptionalTensor& batch_sizes,
                          const Tensor& hx, const OptionalTensor& cx, at::TensorList weights, at::TensorList norms,
                          const OptionalTensor& zoneout_mask, Mode mode, double zoneout) {
