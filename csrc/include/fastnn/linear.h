@@ -16,9 +16,9 @@ inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed",
 
 // Cycles of one core, fitted to AVX2 (other widths scale all three alike). A panel of B serves rows in tiles of six, and a
 // tile of fewer than four waits for its own multiply-adds. Each dot product is summed over its lanes at the end, and a
-// last partial vector costs a masked load in each. A stream takes eight rows of the input at a time, each time all of the
-// weight. Weights of more than a few MiB come from memory: rows as several streams; panels as one, asked for ahead, so that
-// the arithmetic hides it or is hidden by it.
+// last partial vector costs a masked load in each. A stream reads the weight once for eight rows of input (counted in parts,
+// so that more rows never bring it back). Weights of more than a few MiB come from memory: rows as several streams; panels
+// as one, asked for ahead, so that the arithmetic hides it or is hidden by it.
 inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int64_t N, int64_t K) {
   const int64_t lanes = dtype == DType::Float64 ? 4 : 8;
   const double panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
@@ -31,8 +31,8 @@ inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int
     return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * (streamed(stored, 0.13) + widened);
   }
   if (algorithm == LinearAlgorithm::Stream) {
-    const double passes = static_cast<double>((M + 7) / 8), widened = stored == 2 ? 0.06 : 0;
-    return elements * ((0.6 * m + 0.5 * passes) / lanes + passes * (widened + streamed(stored, 0.13))) + 500;
+    const double passes = std::max(m / 8, 1.0), widened = stored == 2 ? 0.06 : 0;
+    return elements * (0.6 * (m + passes) / lanes + passes * (widened + streamed(stored, 0.1))) + 500;
   }
   const double tiles = static_cast<double>((M + 5) / 6), panel = std::max(m, 4 * tiles) * K + 40 * tiles;
   const double multiplied = panels * panel + 0.3 * m * K;
