@@ -10,6 +10,7 @@ from bench import peer
 from bench.problem import Built, Problem
 from fastnn import _C
 from fastnn.functional import linear
+from fastnn.huggingface import Conv1D
 from fastnn.reference import ACTIVATIONS
 from fastnn.testing import LINEAR, LinearCase
 
@@ -18,6 +19,8 @@ def build(case: LinearCase, dtype: torch.dtype) -> Built:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.rows, case.in_features, generator=generator)
     weight = torch.randn(case.out_features, case.in_features, generator=generator) / case.in_features**0.5
+    if case.transposed:
+        weight = weight.t().contiguous().t()
     bias = torch.randn(case.out_features, generator=generator) if case.bias else None
     activation = ACTIVATIONS[case.activation]
     tensors = tuple(None if t is None else t.to(dtype) for t in (x, weight, bias))
@@ -32,6 +35,11 @@ def build(case: LinearCase, dtype: torch.dtype) -> Built:
         return linear(x, weight, bias, activation=case.activation)
 
     def frozen():
+        if case.transposed:
+            module = Conv1D()
+            module.weight, module.bias = (torch.nn.Parameter(t) for t in (tensors[1].t(), tensors[2]))
+            module.activation = case.activation
+            return fastnn.freeze(module.eval())
         sizes = (case.in_features, case.out_features, case.bias)
         module = torch.nn.utils.skip_init(fastnn.nn.Linear, *sizes, dtype=dtype, activation=case.activation)
         with torch.no_grad():

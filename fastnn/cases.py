@@ -18,6 +18,7 @@ class LinearCase(NamedTuple):
     out_features: int
     activation: str | None = None
     bias: bool = True
+    transposed: bool = False  # the weight lies as [in_features, out_features], as GPT-2's Conv1D has it
 
 
 class Conv2dCase(NamedTuple):
@@ -95,6 +96,8 @@ LINEAR = (
     LinearCase("gpt2.qkv.decode", 1, 768, 2304),
     LinearCase("gpt2.up.decode", 1, 768, 3072, "gelu_tanh"),
     LinearCase("gpt2.up.prefill", 64, 768, 3072, "gelu_tanh"),
+    LinearCase("gpt2.c_fc.decode", 1, 768, 3072, "gelu_tanh", transposed=True),
+    LinearCase("gpt2.c_proj.decode.b4", 4, 3072, 768, transposed=True),
     LinearCase("llama3.q.decode", 1, 2048, 2048, None, False),
     LinearCase("llama3.kv.decode", 1, 2048, 512, None, False),
     LinearCase("llama3.gate.decode", 1, 2048, 8192, "silu", False),

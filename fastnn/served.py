@@ -106,8 +106,6 @@ def _product(input, other, bias=None):
         wanted = torch.is_grad_enabled() and (input.requires_grad or other.requires_grad)
         if rows * elements < (WORTH_A_GRADIENT if wanted else WORTH):
             return _not("too small to be worth the call")
-        if rows < 3 and other.dim() == 2 and other.stride(0) != 1:
-            return _not("one or two rows by a matrix that a kernel would pack first")
     return functional.linear(input, other.t(), bias)  # a vector is its own transpose
 
 

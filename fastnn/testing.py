@@ -202,7 +202,7 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 ALGORITHMS = {
-    "linear": ("gemm", "dot", "packed"),
+    "linear": ("gemm", "dot", "packed", "stream"),
     "conv2d": ("pointwise", "implicit", "direct", "winograd2", "winograd4", "linear"),
 }
 

@@ -26,10 +26,10 @@ def check(x, w, b, activation=None, name="linear", packed=None):
     testing.assert_close_to_oracle(ours, oracle, 1.2 * magnitude + 1e-3, stock, name=name)
 
 
-def make(m, n, k, dtype=torch.float32, layout="contiguous", bias=True):
+def make(m, n, k, dtype=torch.float32, layout="contiguous", bias=True, weight=None):
     return (
         testing.random((m, k), dtype, layout),
-        testing.random((n, k), dtype, layout),
+        testing.random((n, k), dtype, weight or layout),
         testing.random((n,), dtype) if bias else None,
     )
 
@@ -88,19 +88,125 @@ def test_whole_numbers_are_exact_in_half_dtypes(isa, dtype):
 @pytest.mark.parametrize("algorithm", testing.ALGORITHMS["linear"])
 def test_every_algorithm_is_exact(isa, algorithm):
     """Forced where another would be picked: rows and columns around every tile, depths around a vector and a K block."""
+    outputs = (16, 17, 31, 50, 64, 67, 131) if algorithm == "stream" else (1, 2, 7, 12, 17, 50, 64, 67, 131)
+    layout = "transposed" if algorithm == "stream" else "contiguous"
     with testing.forced_isa(isa), testing.forced("linear", algorithm):
         for dtype in testing.DTYPES:
             low, high = (-1, 1) if dtype in testing.HALF_DTYPES else (-4, 4)
-            for m, n, k in itertools.product((1, 2, 3, 4, 7, 16, 19), (1, 2, 7, 12, 17, 50, 64, 67, 131), (1, 9, 40)):
-                x, w = testing.integers((m, k), dtype, low, high), testing.integers((n, k), dtype, low, high)
+            for m, n, k in itertools.product((1, 2, 3, 4, 7, 16, 19), outputs, (1, 9, 40)):
+                x, w = testing.integers((m, k), dtype, low, high), testing.integers((n, k), dtype, low, high, layout)
                 packed = ops.linear_pack(w) if algorithm == "packed" else None
                 assert _C._linear_algorithm(x, w, packed is not None) == algorithm
                 exact = (x.double() @ w.double().t()).to(dtype)
                 assert torch.equal(linear(x, w, packed=packed), exact), (dtype, m, n, k)
-            for m, n, k in [(3, 5, 300), (9, 20, 517), (33, 20, 1700)]:
-                x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1)
+            for m, n, k in [(3, 25, 300), (9, 20, 517), (33, 20, 1700)]:
+                x, w = testing.integers((m, k), dtype, -1, 1), testing.integers((n, k), dtype, -1, 1, layout)
                 packed = ops.linear_pack(w) if algorithm == "packed" else None
                 assert torch.equal(linear(x, w, packed=packed), (x.double() @ w.double().t()).to(dtype))
+
+
+# ---- stream: a weight that lies as [in_features, out_features] ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_streamed_blocks_of_columns_are_exact(isa, dtype):
+    """Widths around a block of columns, that of one row and that of eight, and a rest of less than a vector behind it."""
+    with testing.forced_isa(isa), testing.forced("linear", "stream"):
+        for m, n in [(1, 4096), (1, 4099), (1, 8197), (1, 4160), (2, 2055), (3, 1350), (5, 1031), (8, 2063), (8, 513)]:
+            x, w = testing.integers((m, 21), dtype, -1, 1), testing.integers((n, 21), dtype, -1, 1, "transposed")
+            b = testing.integers((n,), dtype)
+            assert _C._linear_algorithm(x, w) == "stream"
+            assert torch.equal(linear(x, w, b), (x.double() @ w.double().t() + b.double()).to(dtype)), (m, n)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_streamed_activations_and_strides(isa, dtype):
+    """Every activation, and what its gradient needs; inputs of any strides; rows of the weight that lie apart."""
+    with testing.forced_isa(isa), testing.forced("linear", "stream"):
+        for activation, (m, n, k) in itertools.product([None, *testing.ACTIVATIONS], [(1, 19, 70), (9, 50, 33)]):
+            x, w, b = make(m, n, k, dtype, weight="transposed")
+            check(x, w, b, activation, f"{isa} {activation} {m}x{n}x{k}")
+            if activation:
+                y, z = ops.linear_train(x, w, b, activation)
+                assert torch.equal(z, linear(x, w, b)) and torch.equal(y, linear(x, w, b, activation=activation))
+        for layout in testing.LAYOUTS:
+            for m, n, k in [(1, 40, 129), (5, 17, 3)]:
+                check(*make(m, n, k, dtype, layout, weight="transposed"), name=f"{isa} {layout} {m}x{n}x{k}")
+        wide = testing.random((33, 70), dtype)[:, 3:40].t()
+        x, b = testing.random((4, 33), dtype), testing.random((74,), dtype)[::2]
+        assert _C._linear_algorithm(x, wide) == "stream"
+        check(x, wide, b)
+        check(x[0], wide, b)
+
+
+def test_a_long_streamed_sum_errs_no_more_than_torchs():
+    """Sums over thousands of rows, in float32 and float64."""
+    with testing.forced("linear", "stream"):
+        for m, n, k, dtype in [
+            (1, 40, 20000, torch.float32),
+            (8, 33, 9001, torch.float32),
+            (2, 64, 5000, torch.float64),
+        ]:
+            check(*make(m, n, k, dtype, weight="transposed"), "gelu", name=f"{m}x{n}x{k}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("side", ["after", "before"])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_a_stream_touches_nothing_out_of_bounds(isa, side, dtype):
+    with testing.forced_isa(isa), testing.forced("linear", "stream"):
+        for m, n, k in [(1, 16, 1), (1, 17, 33), (3, 25, 70), (8, 67, 9), (9, 129, 11), (1, 4101, 5)]:
+            x, w, b = (testing.guarded(t, side) for t in make(m, n, k, dtype, weight="transposed"))
+            assert _C._linear_algorithm(x, w) == "stream"
+            with testing.guarded_outputs(side):
+                y, z = ops.linear_train(x, w, b, "gelu")
+            assert y.isfinite().all() and z.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit_of_a_stream(dtype):
+    with testing.forced("linear", "stream"):
+        for shape in [(1, 5003, 300), (3, 700, 1000), (8, 65, 5000), (12, 130, 700)]:
+            x, w, b = make(*shape, dtype, weight="transposed")
+            results = []
+            for count in (1, 2, 3, 5, 16):
+                with testing.threads(count):
+                    results.append(linear(x, w, b, activation="gelu"))
+            assert all(torch.equal(results[0], result) for result in results[1:]), shape
+
+
+def test_gradients_of_a_weight_that_lies_transposed():
+    """dX reads it along its rows, dW is laid out as it: to the last bit, few rows and many."""
+    for m, n, k in [(1, 130, 70), (3, 64, 200), (8, 33, 17), (40, 50, 60)]:
+        x, w, grad = testing.integers((m, k)), testing.integers((n, k), layout="transposed"), testing.integers((m, n))
+        dx, dw, db = ops.linear_backward(grad, x, w, grad[0], None, None, [True, True, True])
+        assert torch.equal(dx, grad @ w) and torch.equal(dw, grad.t() @ x) and torch.equal(db, grad.sum(0))
+        assert dw.stride() == w.stride()
+
+
+def test_no_aten_matmul_runs_for_a_weight_that_lies_transposed():
+    weight = torch.randn(33, 40, requires_grad=True)
+    for rows in (1, 30):
+        x = torch.randn(rows, 33, requires_grad=True)
+        testing.assert_own_kernels(lambda x=x: linear(x, weight.t()).square().sum().backward())
+
+
+def test_the_choice_of_a_stream():
+    def chosen(m, n, k, dtype=torch.float32, frozen=False):
+        return _C._linear_algorithm(torch.empty(m, k, dtype=dtype), torch.empty(k, n, dtype=dtype).t(), frozen)
+
+    for dtype in testing.DTYPES:
+        for n, k in [(768, 768), (3072, 768), (768, 3072), (50257, 768), (64, 64)]:
+            assert chosen(1, n, k, dtype) == chosen(2, n, k, dtype) == "stream"
+            assert chosen(64, n, k, dtype) == "gemm" and chosen(64, n, k, dtype, frozen=True) == "packed"
+            names = [chosen(m, n, k, dtype) for m in range(1, 130)]
+            assert n == 64 or names == sorted(
+                names, reverse=True
+            )  # tiny panels pay for each tile: there it may come back
+    assert chosen(1, 15, 768) == "gemm"  # less than a vector of AVX-512
+    assert _C._linear_algorithm(torch.empty(1, 768), torch.empty(3072, 768)) == "dot"  # the other way round
 
 
 def chosen(m, n, k, dtype=torch.float32, frozen=False):
@@ -121,7 +227,7 @@ def test_the_choice_of_algorithm():
         assert chosen(1, 8, 8) == "gemm" and chosen(1, 8, 8, frozen=True) == "packed"
     with testing.forced("linear", "dot"):
         assert _C._linear_algorithm(x, w) == "gemm" and chosen(500, 500, 50, frozen=True) == "dot"
-    with pytest.raises(ValueError, match="algorithm must be one of gemm, dot, packed; got 'fft'"):
+    with pytest.raises(ValueError, match="algorithm must be one of gemm, dot, packed, stream; got 'fft'"):
         _C._force_linear_algorithm("fft")
 
 

@@ -54,14 +54,10 @@ std::optional<LinearAlgorithm> forced_algorithm;  // by tests
 
 // The rule, or what a test forces where it fits. frozen: the weight may be packed before the call.
 LinearAlgorithm choose(const Problem& q, bool frozen) {
-  const DType dtype = *dtype_of(q.input);
-  const auto along_k = [&](const Tensor& t) { return t.stride(1) == 1 || q.K == 1; };
-  const bool dot = along_k(q.input) && along_k(q.weight);
-  if (!forced_algorithm) return linear_algorithm(dtype, q.M, q.N, q.K, dot, frozen);
-  const bool fits = *forced_algorithm == LinearAlgorithm::Dot      ? dot
-                    : *forced_algorithm == LinearAlgorithm::Packed ? frozen
-                                                                   : true;
-  return fits ? *forced_algorithm : LinearAlgorithm::Gemm;
+  const LinearChoice choice =
+      linear_choice(q.N, q.K, q.input.stride(1), q.weight.stride(0), q.weight.stride(1), frozen);
+  if (!forced_algorithm) return linear_algorithm(*dtype_of(q.input), q.M, q.N, q.K, choice);
+  return choice.fits(*forced_algorithm) ? *forced_algorithm : LinearAlgorithm::Gemm;
 }
 
 void check_packed(const Tensor& packed, const Tensor& weight, int64_t N, int64_t K) {
@@ -136,14 +132,12 @@ bool transposed(const Tensor& weight) {
   return weight.dim() == 2 && !weight.is_contiguous() && weight.t().is_contiguous();
 }
 
-// The gradient of such a weight, laid out as it is, for autograd would copy another layout: dWᵀ = Xᵀ G, a linear of Xᵀ
-// with the weight Gᵀ.
-Tensor transposed_grad_weight(const Problem& q, const Tensor& grad) {
-  const Tensor input = q.input.t(), weight = grad.t(), output = at::empty({q.K, q.N}, q.weight.options());
+// input @ weight.T of two matrices into a contiguous one.
+void product(const Tensor& input, const Tensor& weight, const Tensor& output) {
   LinearForward p;
   p.activation = Activation::None;
   p.dtype = *dtype_of(input);
-  p.M = q.K, p.N = q.N, p.K = q.M;
+  p.M = input.size(0), p.N = weight.size(0), p.K = input.size(1);
   p.input = input.const_data_ptr();
   p.input_row = input.stride(0), p.input_col = input.stride(1);
   p.weight = weight.const_data_ptr();
@@ -151,11 +145,11 @@ Tensor transposed_grad_weight(const Problem& q, const Tensor& grad) {
   p.packed = p.bias = nullptr;
   p.output = output.mutable_data_ptr();
   p.preactivation = nullptr;
-  p.algorithm = linear_algorithm(p.dtype, p.M, p.N, p.K, input.stride(1) == 1 && weight.stride(1) == 1, false);
+  p.algorithm =
+      linear_algorithm(p.dtype, p.M, p.N, p.K, linear_choice(p.N, p.K, p.input_col, p.weight_row, p.weight_col, false));
   p.threads = num_threads();
   p.allow_tf32 = allow_tf32(input);
   if (output.numel() > 0) run(input, p);
-  return output.t();
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_kernel(const Tensor& grad_output, const Tensor& input,
@@ -187,9 +181,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_kernel(const Tensor& grad_out
   p.weight_row = q.weight.stride(0), p.weight_col = q.weight.stride(1);
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
-  if (output_mask[1] && p.activation == Activation::None && transposed(weight)) {
-    grad_weight = transposed_grad_weight(q, grad);
-    output_mask[1] = false;
+  if (p.activation == Activation::None && transposed(weight)) {
+    // Its gradients are two linears: dX = G W, Wᵀ being what lies in memory, and dWᵀ = Xᵀ G, laid out as the weight, for
+    // autograd would copy another layout.
+    if (output_mask[0]) product(grad, q.weight.t(), grad_input);
+    if (output_mask[1]) {
+      const Tensor laid_out = at::empty({q.K, q.N}, q.weight.options());
+      product(q.input.t(), grad.t(), laid_out);
+      grad_weight = laid_out.t();
+    }
+    output_mask[0] = output_mask[1] = false;
   } else if (output_mask[1]) {
     grad_weight = at::empty(weight.sizes(), weight.options());
   }

@@ -1,8 +1,9 @@
 // linear on the CPU: Y = f(X Wᵀ + b), its gradients, and the packing of a frozen weight.
 //
-// Three ways, chosen by shape and strides alone (linear_algorithm), never by the number of threads:
+// Four ways, chosen by shape and strides alone (linear_algorithm), never by the number of threads:
 //   dot     few rows or few outputs: tiles of dot products along K straight on X and W, nothing packed. W is read once,
 //           so for a batch of one it is bound by memory.
+//   stream  few rows and W[n, k] with its outputs next to each other: linear_stream.inl, bound by memory.
 //   packed  frozen weight: panels made before, the GEMM driver without its B packing.
 //   gemm    the GEMM driver of gemm.inl, W packed panel by panel inside the call. Bound by the FMA units.
 // Bias, activation and conversion happen on the tile, in registers or L1, before the one store.
@@ -11,6 +12,7 @@
 #include "cpu/linear_backward.inl"
 #include "cpu/linear_kernels.h"
 #include "cpu/linear_store.inl"
+#include "cpu/linear_stream.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
 
@@ -171,6 +173,7 @@ void linear_forward_typed(const LinearForward& p) {
   const StridedA<C, T> a{input, p.input_row, p.input_col};
   switch (p.algorithm) {
     case LinearAlgorithm::Dot: return linear_dot<T, C>(p, store_to);
+    case LinearAlgorithm::Stream: return linear_stream<T, C>(p, store_to);
     case LinearAlgorithm::Packed:
       return gemm<C>(p.M, p.N, p.K, a, PackedB<C>{static_cast<const C*>(p.packed), p.N, p.K}, store_to, p.threads);
     case LinearAlgorithm::Gemm:

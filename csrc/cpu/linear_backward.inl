@@ -47,18 +47,6 @@ void sum_blocks(int64_t M, int64_t N, int threads, double flops, C* total, const
 
 // ---- few rows ------------------------------------------------------------------------------------------------------
 
-// A strided matrix made dense, from one type to another.
-template <class T, class O>
-void copy_rows(int64_t rows, int64_t cols, const T* from, int64_t row, int64_t col, O* to) {
-  using C = Compute<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t j = 0;
-    if (col == 1)
-      for (; j + kLanes<C> <= cols; j += kLanes<C>) store(to + i * cols + j, load(from + i * row + j));
-    for (; j < cols; ++j) store_one(to + i * cols + j, load_one(from + i * row + j * col));
-  }
-}
-
 template <class T>
 bool linear_backward_is_thin(const LinearBackward& p) {
   return p.M >= 1 && p.M <= kThinRows && p.N > 0 && p.K >= kLanes<Compute<T>> && (p.weight_col == 1 || !p.grad_input);

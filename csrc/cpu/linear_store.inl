@@ -1,10 +1,23 @@
-// A finished tile's way to a row-major matrix: bias, pre-activation, activation, conversion, then the one store.
+// A finished tile's way to a row-major matrix: bias, pre-activation, activation, conversion, then the one store. And the
+// copy of a strided matrix.
 #pragma once
 
 #include "cpu/activation.inl"
 #include "cpu/gemm.inl"
 
 namespace fastnn::cpu::FASTNN_ISA {
+
+// A strided matrix made dense, from one type to another.
+template <class T, class O>
+void copy_rows(int64_t rows, int64_t cols, const T* from, int64_t row, int64_t col, O* to) {
+  using C = Compute<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t j = 0;
+    if (col == 1)
+      for (; j + kLanes<C> <= cols; j += kLanes<C>) store(to + i * cols + j, load(from + i * row + j));
+    for (; j < cols; ++j) store_one(to + i * cols + j, load_one(from + i * row + j * col));
+  }
+}
 
 // The tile's way out, for any op whose C is a row-major matrix with a bias for each column.
 template <class T, class C>

@@ -1,5 +1,5 @@
-// Gradients of a product with few rows: arithmetic is nothing, traffic everything. W streams once along its rows into
-// accumulators in L1, dW streams out. Bound by memory.
+// Products with few rows: arithmetic is nothing, traffic everything. W streams once along its rows into accumulators in L1,
+// a gradient dW streams out. Bound by memory.
 #pragma once
 
 #include "cpu/gemm.inl"
@@ -33,50 +33,76 @@ FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
   if (k < end) f(end - L);
 }
 
-// out[m, k] (+)= Σ over n < N of g[m, n] w[n, k] for k in [begin, end), at least a vector; rows lie *_row apart.
-template <int ROWS, class C, class T>
-void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row, const T* w, int64_t w_row,
-                     T* out, int64_t out_row, bool add) {
-  constexpr int64_t L = kLanes<C>, kChunk = 1024 / ROWS / 64 * 64;  // accumulators: 4 KiB of L1
-  alignas(64) C acc[ROWS * (kChunk + L)];
-  for (int64_t from = begin; from < end; from += kChunk) {
-    const int64_t to = std::min(from + kChunk, end), start = std::max(std::min(from, to - L), begin);
-    int64_t place = 0;
-    for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
-      for (int m = 0; m < ROWS; ++m) store(acc + place++ * L, add ? load(out + m * out_row + k) : zero<C>());
-    });
+// Width of the blocks of columns: their accumulators take 16 KiB of L1, 32 KiB where that would make the rows of W short.
+template <int ROWS, class C>
+inline constexpr int64_t kThinColumns = std::max(4096 / ROWS, 1024) / 64 * 64 * 4 / int64_t(sizeof(C));
+
+// Σ over n < N of g[m, n] w[n, k] for k in [begin, end), at least a vector; rows lie *_row apart. Columns go in blocks, of
+// whose sums finish(from, to, sums, width) is told: that of (m, k) is sums[m * width + k - from], and the vectors that hold
+// a row's sums may be read whole.
+//
+// Eight rows of W at a time, each a run of some KiB that the prefetchers follow. A few vectors down all of W, sums in
+// registers, took 1.5 to 2 times as long: a new page for each row. The eight are added up before they meet the sum so far,
+// which keeps the chain of roundings short; an element's order of summation is that of N alone.
+template <int ROWS, class C, class T, class F>
+void thin_product(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row, const T* w, int64_t w_row,
+                  const F& finish) {
+  constexpr int64_t L = kLanes<C>, kColumns = kThinColumns<ROWS, C>;
+  constexpr int64_t kWidth = kColumns + 2 * L + 64 / int64_t(sizeof(C));  // rows of sums do not meet in one set of L1
+  alignas(64) C sums[ROWS * kWidth];
+  for (int64_t from = begin, to; from < end; from = to) {
+    to = end - from < kColumns + L ? end : from + kColumns;  // a rest of less than a vector stays with the block before
+    const int64_t whole = (to - from) / L * L, tail = to - from - whole;
+    for (int64_t m = 0; m < ROWS; ++m)
+      for (int64_t j = 0; j < whole + L; j += L) store(sums + m * kWidth + j, zero<C>());
     const auto rows = [&](int64_t n, auto count) __attribute__((always_inline)) {
       constexpr int STEP = decltype(count)::value;
-      int64_t at = 0;
       Vec<C> x[ROWS][STEP];
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < STEP; ++i) x[m][i] = splat<C>(g[m * g_row + n + i]);
-      for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
-        Vec<C> sum[ROWS];
+      const auto columns = [&](const T* at, C* sum) __attribute__((always_inline)) {
+        Vec<C> part[ROWS];
 #pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m) sum[m] = load(acc + (at + m) * L);
-#pragma GCC unroll 4
         for (int i = 0; i < STEP; ++i) {
-          const Vec<C> v = load(w + (n + i) * w_row + k);
+          const Vec<C> v = load(at + i * w_row);
 #pragma GCC unroll 8
-          for (int m = 0; m < ROWS; ++m) sum[m] = fma(x[m][i], v, sum[m]);
+          for (int m = 0; m < ROWS; ++m) part[m] = i ? fma(x[m][i], v, part[m]) : x[m][i] * v;
         }
 #pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m) store(acc + (at + m) * L, sum[m]);
-        at += ROWS;
-      });
+        for (int m = 0; m < ROWS; ++m) store(sum + m * kWidth, load(sum + m * kWidth) + part[m]);
+      };
+      const T* const at = w + n * w_row + from;
+      for (int64_t j = 0; j < whole; j += L) columns(at + j, sums + j);
+      if (tail) columns(at + whole + tail - L, sums + whole);  // a vector that ends with the row
     };
     int64_t n = 0;
-    for (; n + 4 <= N; n += 4) rows(n, std::integral_constant<int, 4>{});
+    for (; n + 8 <= N; n += 8) rows(n, std::integral_constant<int, 8>{});
     for (; n < N; ++n) rows(n, std::integral_constant<int, 1>{});
-    int64_t at = 0;
-    for_each_vector<C>(start, to, [&](int64_t k) __attribute__((always_inline)) {
-      for (int m = 0; m < ROWS; ++m) store(out + m * out_row + k, load(acc + (at + m) * L));
-      at += ROWS;
-    });
+    if (tail)
+      for (int64_t m = 0; m < ROWS; ++m) {
+        C* const row = sums + m * kWidth + whole;
+        store(row + tail - L, load(row));  // over lanes that hold the same sums
+      }
+    finish(from, to, sums, kWidth);
   }
+}
+
+// out[m, k] (+)= Σ over n < N of g[m, n] w[n, k], as above.
+template <int ROWS, class C, class T>
+void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row, const T* w, int64_t w_row,
+                     T* out, int64_t out_row, bool add) {
+  constexpr int64_t L = kLanes<C>;
+  thin_product<ROWS>(N, begin, end, g, g_row, w, w_row, [=](int64_t from, int64_t to, const C* sums, int64_t width) {
+    for (int64_t m = 0; m < ROWS; ++m) {
+      T* const to_row = out + m * out_row + from;
+      for (int64_t j = 0; j < to - from; j += L) {
+        const Vec<C> sum = load(sums + m * width + j);
+        store_first(to_row + j, add ? load_first(to_row + j, to - from - j) + sum : sum, to - from - j);
+      }
+    }
+  });
 }
 
 // Stores that go to memory past the caches, where the ISA has them: rows of whole vectors of float or double that all begin

@@ -10,14 +10,15 @@
 namespace fastnn {
 
 // Gemm: the weight is packed into panels in the call. Packed: it was before. Dot: dot products along K on the operands as
-// they lie, nothing is packed.
-enum class LinearAlgorithm : int32_t { Gemm, Dot, Packed };
-inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed"};
+// they lie, nothing is packed. Stream: sums of rows of a weight whose outputs lie next to each other, nothing is packed.
+enum class LinearAlgorithm : int32_t { Gemm, Dot, Packed, Stream };
+inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed", "stream"};
 
 // Cycles of one core, fitted to AVX2 (other widths scale all three alike). A panel of B serves rows in tiles of six, and a
 // tile of fewer than four waits for its own multiply-adds. Each dot product is summed over its lanes at the end, and a
-// last partial vector costs a masked load in each. Weights of more than a few MiB come from memory: rows as several
-// streams; panels as one, asked for ahead, so that the arithmetic hides it or is hidden by it.
+// last partial vector costs a masked load in each. A stream reads the weight once for eight rows of input (counted in parts:
+// a step would bring it back for some more rows). Weights of more than a few MiB come from memory: rows as several streams; panels
+// as one, asked for ahead, so that the arithmetic hides it or is hidden by it.
 inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int64_t N, int64_t K) {
   const int64_t lanes = dtype == DType::Float64 ? 4 : 8;
   const double panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
@@ -29,6 +30,10 @@ inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int
     const double widened = stored == 2 && M > 4 ? 0.5 : 0;  // rows of the weight, once a block
     return m * N * (1.05 * K / (2.0 * lanes) + 5 + tail) + blocks * elements * (streamed(stored, 0.13) + widened);
   }
+  if (algorithm == LinearAlgorithm::Stream) {
+    const double passes = std::max(m / 8, 1.0), widened = stored == 2 ? 0.06 : 0;
+    return elements * (0.6 * (m + passes) / lanes + passes * (widened + streamed(stored, 0.1))) + 500;
+  }
   const double tiles = static_cast<double>((M + 5) / 6), panel = std::max(m, 4 * tiles) * K + 40 * tiles;
   const double multiplied = panels * panel + 0.3 * m * K;
   if (algorithm == LinearAlgorithm::Gemm)
@@ -38,12 +43,28 @@ inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int
   return multiplied + 0.05 * elements;
 }
 
-// The rule that chooses, in one place; the number of threads has no say in it. along_k: the elements of a row of input and
-// of weight lie next to each other; frozen: the weight may be packed before.
-inline LinearAlgorithm linear_algorithm(DType dtype, int64_t M, int64_t N, int64_t K, bool along_k, bool frozen) {
-  const LinearAlgorithm panels = frozen ? LinearAlgorithm::Packed : LinearAlgorithm::Gemm;
-  const bool dot = along_k && linear_cost(LinearAlgorithm::Dot, dtype, M, N, K) < linear_cost(panels, dtype, M, N, K);
-  return dot ? LinearAlgorithm::Dot : panels;
+// What can serve a problem: dot where the elements of a row of input and of weight lie next to each other, stream where
+// those of a column of the weight do and there are as many as a vector of any ISA holds, packed where the weight is frozen.
+struct LinearChoice {
+  bool dot, stream, packed;
+  bool fits(LinearAlgorithm a) const {
+    return a == LinearAlgorithm::Dot      ? dot
+           : a == LinearAlgorithm::Stream ? stream
+           : a == LinearAlgorithm::Packed ? packed
+                                          : true;
+  }
+};
+inline LinearChoice linear_choice(int64_t N, int64_t K, int64_t input_col, int64_t weight_row, int64_t weight_col,
+                                  bool frozen) {
+  return {K == 1 || (input_col == 1 && weight_col == 1), weight_row == 1 && N >= 16, frozen};
+}
+
+// The rule that chooses, in one place; the number of threads has no say in it.
+inline LinearAlgorithm linear_algorithm(DType dtype, int64_t M, int64_t N, int64_t K, LinearChoice choice) {
+  LinearAlgorithm best = choice.packed ? LinearAlgorithm::Packed : LinearAlgorithm::Gemm;
+  for (const LinearAlgorithm other : {LinearAlgorithm::Dot, LinearAlgorithm::Stream})
+    if (choice.fits(other) && linear_cost(other, dtype, M, N, K) < linear_cost(best, dtype, M, N, K)) best = other;
+  return best;
 }
 
 struct LinearForward {
