@@ -292,7 +292,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rnn_backward_cpu(
     const auto norm = [&](size_t i) { return i < each ? grad_norms[d * each + i].mutable_data_ptr() : nullptr; };
     g.norm_ih = norm(0), g.norm_hh = norm(1), g.norm_c_weight = norm(2), g.norm_c_bias = norm(3);
   }
-  cpu::rnn_backward(b);
+  if (p.batch > 0) {
+    cpu::rnn_backward(b);
+  } else {  // sums over nothing
+    for (Tensors* grads : {&grad_weights, &grad_norms})
+      for (Tensor& grad : *grads) grad.zero_();
+  }
   return {std::move(grad_input), std::move(grad_hx), std::move(grad_cx), std::move(grad_weights),
           std::move(grad_norms)};
 }
