@@ -1,6 +1,7 @@
 """torch.library.opcheck, all of its tests, over every op that fastnn registers: an op without samples here fails."""
 
 import importlib
+import itertools
 import pkgutil
 
 import pytest
@@ -137,7 +138,7 @@ def attention_backward(dtype, grad):
 
 
 def attention_weights_backward(dtype, grad):
-    for *args, average in attention_weights(dtype, grad):
+    for *args, average in itertools.islice(attention_weights(dtype, grad), 2):  # torch's operators: seconds each
         mask = args[3]
         wanted = [True, True, mask is not None and mask.is_floating_point()]
         weights = OPS.attention_weights(*args, average)[2]
