@@ -464,49 +464,6 @@ def test_no_operator_of_torch_does_the_work():
 # ---- the operator in torch -------------------------------------------------------------------------------------------
 
 
-OPCHECKS = {
-    "plain": ((2, 3, 5, 7, 8, 4), {}),
-    "causal": ((2, 3, 6, 6, 8, 8), {"is_causal": True}),
-    "options": ((3, 5, 9, 8, 4), {"window": [2, 1], "softcap": 2.0, "scale": 0.3}),
-    "decode": ((1, 2, 1, 20, 8, 8), {}),
-    "none": ((5, 7, 4, 4), {}),
-}
-
-
-@pytest.mark.parametrize("name", OPCHECKS)
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(name, grad):
-    shape, options = OPCHECKS[name]
-    inputs = tensors(shape, requires_grad=grad)
-    torch.library.opcheck(torch.ops.fastnn.attention.default, tuple(inputs), options)
-
-
-def test_opcheck_of_masks_dropout_and_groups():
-    query = testing.random((2, 5, 6, 8), requires_grad=True).transpose(1, 2)
-    key, value = (testing.random((2, 3, 7, 8), requires_grad=True) for _ in range(2))
-    mask = torch.randn(6, 5, 7, requires_grad=True)
-    seed = torch.tensor([5])
-    for options in (
-        {"attn_mask": mask, "enable_gqa": True},
-        {"attn_mask": mask > 0, "enable_gqa": True},
-        {"dropout_p": 0.3, "philox_seed": seed, "enable_gqa": True},
-    ):
-        torch.library.opcheck(torch.ops.fastnn.attention.default, (query, key, value), options)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_of_the_backward(grad):
-    query, key, value = tensors((2, 3, 5, 7, 8, 4))
-    mask = torch.randn(5, 7)
-    output, lse = call_op(query, key, value, mask)
-    arguments = [torch.randn_like(output), torch.randn_like(lse), query, key, value, mask]
-    arguments = [t.requires_grad_(grad) for t in arguments]
-    torch.library.opcheck(
-        torch.ops.fastnn.attention_backward.default,
-        (*arguments, output, lse, 0.0, False, None, False, None, None, None, [True] * 4),
-    )
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend):
     def loss(query, key, value, mask):

@@ -370,18 +370,6 @@ def test_no_operator_of_torch_does_the_work():
 
 
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(average, grad):
-    query, key, value = tensors((2, 3, 5, 7, 8, 4), requires_grad=grad)
-    mask = torch.randn(5, 7, requires_grad=grad)
-    for options in ({}, {"attn_mask": mask}, {"attn_mask": mask > -1, "softcap": 2.0, "window": [2, 3]},
-                    {"is_causal": True, "scale": 0.3}, {"dropout_p": 0.3, "philox_seed": torch.tensor([5])}):  # fmt: skip
-        torch.library.opcheck(
-            torch.ops.fastnn.attention_weights.default, (query, key, value), {**options, "average": average}
-        )
-
-
-@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend, average):
     def loss(query, key, value, mask):

@@ -492,22 +492,6 @@ def test_threads_change_no_bit(layout):
             assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True)), (size, k, kernel)
 
 
-def test_opcheck():
-    x, w, b = (t.requires_grad_() for t in make(2, 4, 5, 6, 4, 3, 2))
-    geometry = [1, 1], [1, 1, 1, 1], [1, 1], 2
-    grad, saved = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6)
-    torch.library.opcheck(ops.conv2d, (x, w, b, *geometry, "gelu"))
-    torch.library.opcheck(ops.conv2d, (x[0].detach(), w, None, *geometry))
-    last = [t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, w)]
-    torch.library.opcheck(ops.conv2d, (*last, b, *geometry, "relu"))
-    torch.library.opcheck(ops.conv2d_train, (x.detach(), w.detach(), b.detach(), *geometry, "gelu"))
-    args = (grad.requires_grad_(), x, w, b, saved, *geometry, "gelu", [True, True, True])
-    torch.library.opcheck(ops.conv2d_backward, args)
-    torch.library.opcheck(ops.conv2d_backward, (grad, x, w, None, None, *geometry, None, [False, True, False]))
-    torch.library.opcheck(ops.conv2d_pack, (w.detach(), 2, False))
-    torch.library.opcheck(ops.conv2d_pack, (w.detach(), 1, True))
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole(backend):
     module = torch.nn.Sequential(

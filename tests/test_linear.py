@@ -371,17 +371,6 @@ def test_threads_change_no_bit(shape):
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
-def test_opcheck():
-    x, w, b = (t.requires_grad_() for t in make(3, 4, 5))
-    grad, saved = torch.randn(3, 4), torch.randn(3, 4)
-    torch.library.opcheck(ops.linear, (x, w, b, "gelu"))
-    torch.library.opcheck(ops.linear, (x, w, None))
-    torch.library.opcheck(ops.linear_train, (x.detach(), w.detach(), b.detach(), "gelu"))
-    torch.library.opcheck(ops.linear_backward, (grad.requires_grad_(), x, w, b, saved, "gelu", [True, True, True]))
-    torch.library.opcheck(ops.linear_backward, (grad, x, w, None, None, None, [True, False, False]))
-    torch.library.opcheck(ops.linear_pack, (w.detach(),))
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole(backend):
     module = fastnn.nn.Linear(6, 5, activation="gelu")

@@ -41,14 +41,16 @@ def flat(outputs):
     return [t for t in torch.utils._pytree.tree_leaves(outputs) if t is not None]
 
 
-def check(model, args, others=(), **options):
-    """Export, read the operators, and compare ONNX Runtime's outputs with those of the model."""
+def check(model, args, others=(), program=None, **options):
+    """Export the model, or a program of it, read the operators, and compare ONNX Runtime's outputs with those of the model."""
     file = io.BytesIO()
     with torch.no_grad():
         model = model.eval()
         before = dict(fastnn._fallback.calls)
         fastnn.set_fallback("error")  # an export is none
-        torch.onnx.export(model, args, file, **({"dynamo": True, "verbose": False} | options))
+        torch.onnx.export(
+            program or model, args if program is None else (), file, **({"dynamo": True, "verbose": False} | options)
+        )
         assert fastnn._fallback.calls == before
         graph = onnx.load_from_string(file.getvalue())
         onnx.checker.check_model(graph, full_check=True)
@@ -230,6 +232,32 @@ def test_cells_and_what_onnx_has_no_operator_for():
             return [cell(x[0]) for cell in self.cells], self.projected(x), self.normed(x)
 
     check(Model(), (torch.randn(3, 4, 6),), [(torch.randn(3, 7, 6),)], dynamic_shapes=({1: DYNAMIC},))
+
+
+class Families(nn.Module):
+    """Each family once; the recurrent layer takes the positions of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = fastnn.nn.Conv2d(3, 8, 3, padding=1), fastnn.nn.Linear(8, 16, activation="gelu")
+        self.attention = fastnn.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.lstm = fastnn.nn.LSTM(16, 6, bidirectional=True, batch_first=True)
+
+    def forward(self, image):
+        x = self.linear(self.conv(image).flatten(2).mT)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.lstm(x)
+
+
+@work(what="ONNX export of a torch.export.ExportedProgram after run_decompositions(fastnn.decompositions())")
+def test_a_program():
+    model, image = Families().eval(), torch.randn(2, 3, 3, 4)
+    program = torch.export.export(model, (image,), dynamic_shapes=({0: DYNAMIC},))
+    plain = program.run_decompositions(fastnn.decompositions())
+    operators = check(model, (image,), [(torch.randn(5, 3, 3, 4),)], program=plain)
+    assert {"Conv", "MatMul", "Softmax", "LSTM"} <= set(operators)
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="No ONNX function found for .*fastnn"):
+        torch.onnx.export(program, (), io.BytesIO(), dynamo=True, verbose=False)  # as docs/deploy.md says
 
 
 @work(what="ONNX export (dynamo=False, TorchScript), all four families")

@@ -283,41 +283,6 @@ def test_guard_pages(kind, isa, side):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", (False, True))
-def test_opcheck(kind, packed):
-    x, sizes, hx, cx, weights, mode = layer(kind, 2, 2, 3, 4, torch.float64, 1 + packed)
-    if packed:
-        sequence = pack_padded_sequence(x, [2, 1])
-        x, sizes = sequence.data, sequence.batch_sizes
-    args = (x, sizes, hx, cx, weights, mode)
-    *ys, reserve = torch.ops.fastnn.rnn_train(*args)
-    torch.library.opcheck(torch.ops.fastnn.rnn_train.default, args)
-    gs = [torch.randn_like(y) if y.numel() else None for y in ys]
-    mask = [True, True, mode == "LSTM", True]
-    weights_of_one = weights[: len(weights) // (1 + packed)]
-    torch.library.opcheck(torch.ops.fastnn.rnn_pack.default, (weights_of_one, mode))
-    torch.library.opcheck(torch.ops.fastnn.rnn.default, (*args, packs(args)))
-    # With gradients wanted this would trace the second derivative step by step: once, below, is enough.
-    torch.library.opcheck(
-        torch.ops.fastnn.rnn_backward.default, (*gs, *args[:5], ys[0], reserve, mode, None, None, 0.0, mask)
-    )
-    for t in leaves(args):
-        t.requires_grad_()
-    torch.library.opcheck(torch.ops.fastnn.rnn.default, args)
-
-
-def test_opcheck_of_second_derivatives():
-    args = layer("RNN_TANH", 1, 2, 3, 4, torch.float64)
-    *ys, reserve = torch.ops.fastnn.rnn_train(*args)
-    for t in leaves(args):
-        t.requires_grad_()
-    gs = [torch.randn_like(ys[0]), torch.randn_like(ys[1]), None]
-    mask = [True, True, False, True]
-    arguments = (*gs, *args[:5], ys[0], reserve, args[5], None, None, 0.0, mask)
-    torch.library.opcheck(torch.ops.fastnn.rnn_backward.default, arguments)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("packed", (False, True))
 def test_gradcheck_and_gradgradcheck(kind, packed):
     torch.manual_seed(0)
     x, sizes, hx, cx, weights, mode = layer(kind, 3, 2, 2, 3, torch.float64, 2)
@@ -582,6 +547,20 @@ def test_fallback_to_torch():
             own(x.as_subclass(Tagged))
     finally:
         fastnn.set_fallback("torch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_an_empty_batch(kind):
+    made = modules(kind, 3, 4, bidirectional=True)
+    name = {"RNN_TANH": "RNNCell", "RNN_RELU": "RNNCell", "GRU": "GRUCell"}.get(kind, "LSTMCell")
+    for shape, pair in (((2, 0, 3), made), ((0, 3), [getattr(m, name)(3, 4) for m in (torch.nn, nn)])):
+        found = []
+        for module in pair:
+            x = torch.randn(shape, requires_grad=True)
+            outputs = tensors(module(x))
+            grads = torch.autograd.grad(sum(y.sum() for y in outputs), (x, *module.parameters()))
+            found.append([*outputs, *grads])
+        torch.testing.assert_close(*found)
 
 
 def test_module_info_samples():

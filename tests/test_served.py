@@ -319,7 +319,8 @@ OPS = {
 @pytest.mark.parametrize("op", [op for op in op_db if op.name in OPS], ids=lambda op: op.formatted_name)
 def test_opinfo(op, dtype, record_property):
     total = served = 0
-    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+    given = op.sample_inputs("cpu", dtype, requires_grad=True)
+    for sample in (s for one in given for s in (one, one.noncontiguous())):
         args = (sample.input, *sample.args)
         total += 1
         torch.manual_seed(0)
@@ -339,6 +340,17 @@ def test_opinfo(op, dtype, record_property):
             assert_same(gradients(actual, *args), gradients(expected, *args), **tolerance)
     assert served or op.name in ("addmm", "einsum")  # their samples add matrices, and contract in other ways
     record_property(op.name, f"{served} of {total}")
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in op_db if op.name in OPS and op.error_inputs_func], ids=lambda op: op.formatted_name
+)
+def test_opinfo_errors(op):
+    """PyTorch's own samples of wrong calls raise the same type of exception."""
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with fastnn.patch(), pytest.raises(error.error_type):
+            op(sample.input, *sample.args, **sample.kwargs)
 
 
 def test_a_product_is_served_where_it_pays(monkeypatch):

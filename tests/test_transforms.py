@@ -1,6 +1,7 @@
 """torch.func's transforms and forward-mode AD over every op: as stock torch has them, in float64."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -167,6 +168,7 @@ SECOND = {
     "jacrev of jacrev": lambda f, ts: jacrev(jacrev(loss(f), few(ts)), few(ts))(*ts),
     "jacfwd of jacfwd": lambda f, ts: jacfwd(jacfwd(loss(f), few(ts)), few(ts))(*ts),
     "jacrev of jacfwd": lambda f, ts: jacrev(jacfwd(loss(f), few(ts)), few(ts))(*ts),
+    "vjp of vjp": lambda f, ts: FIRST["vjp"](lambda *a: vjp(f, *a)[1](f(*ts)), ts),
     "jvp of vjp": lambda f, ts: jvp(lambda *a: vjp(loss(f), *a)[1](a[0].new_ones(())), ts, tuple(t.cos() for t in ts)),
 }
 
@@ -303,52 +305,74 @@ def test_what_has_no_kernel_goes_to_torch_under_a_transform_too():
 
 OPINFO = {
     "nn.functional.linear": functional.linear,
+    "nn.functional.conv1d": functional.conv1d,
     "nn.functional.conv2d": functional.conv2d,
     "nn.functional.scaled_dot_product_attention": functional.scaled_dot_product_attention,
 }
 
 
 def samples(name):
-    """PyTorch's own samples of an op: its operator, and the positional tensors and the rest of each."""
+    """PyTorch's own samples of an op, as they are and with gaps in memory: our function, torch's, and their tensors."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     (op,) = (op for op in op_db if op.name == name and not op.variant_test_name)
-    found = []
-    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
-        args, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
-        if "dropout_p" in kwargs:
-            kwargs["dropout_p"] = 0.0  # two masks cannot be compared
-        where = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        found.append((args, kwargs, where))
-    return op.op, found
+    for given in op.sample_inputs("cpu", torch.float64, requires_grad=False):
+        for sample in (given, given.noncontiguous()):
+            args, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0  # two masks cannot be compared
+            where = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+            def of(f, *chosen, args=args, kwargs=kwargs, where=where):
+                full = list(args)
+                for i, t in zip(where, chosen, strict=True):
+                    full[i] = t
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                    return f(*full, **kwargs)
+
+            yield partial(of, OPINFO[name]), partial(of, op.op), tuple(args[i] for i in where)
 
 
 @pytest.mark.usefixtures("own_kernels")
-@pytest.mark.works("Transforms", "PyTorch's own samples (OpInfo) of linear, conv2d and attention through torch.func")
+@pytest.mark.works(
+    "Transforms", "PyTorch's own samples (OpInfo) of linear, conv1d, conv2d, attention through torch.func"
+)
 @pytest.mark.parametrize("name", OPINFO)
 def test_opinfo_samples(name):
-    stock_op, found = samples(name)
-    for args, kwargs, where in found:
-        tensors = tuple(args[i] for i in where)
-
-        def of(f, *chosen, args=args, kwargs=kwargs, where=where):
-            full = list(args)
-            for i, t in zip(where, chosen, strict=True):
-                full[i] = t
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                return f(*full, **kwargs)
-
-        def own(*chosen, of=of):
-            return of(OPINFO[name], *chosen)
-
-        def stock(*chosen, of=of):
-            return of(stock_op, *chosen)
-
+    for own, stock, tensors in samples(name):
         for transform in ("vjp", "grad", "jvp"):
             torch.testing.assert_close(FIRST[transform](own, tensors), FIRST[transform](stock, tensors), msg=transform)
         if stock(*tensors).numel() <= 64:
             torch.testing.assert_close(jacrev(own)(*tensors), jacrev(stock)(*tensors))
-        for dims, batched in (*batches(tensors, 2),)[-2:]:
+        for dims, batched in batches(tensors, 2):
             torch.testing.assert_close(vmap(own, dims)(*batched), each(stock, dims, batched, 2))
-            pull = lambda f: lambda *ts: vjp(f, *ts)[1](torch.ones_like(stock(*tensors)))  # noqa: E731
-            torch.testing.assert_close(vmap(pull(own), dims)(*batched), each(pull(stock), dims, batched, 2))
+
+
+# What PyTorch runs the samples of its operators through: of the function and its tensors, and of it under vmap.
+COMPOSED = {
+    "jvp of vjp": (SECOND["jvp of vjp"], None),
+    "vjp of vjp": (SECOND["vjp of vjp"], None),
+    "vmap of vjp": (None, FIRST["vjp"]),
+    "vmap of jvp": (None, FIRST["jvp"]),
+    "vmap of vjp of vjp": (None, SECOND["vjp of vjp"]),
+    "vmap of jvp of vjp": (None, SECOND["jvp of vjp"]),
+    "vjp of vmap": (FIRST["vjp"], lambda f, ts: f(*ts)),
+    "jvp of vmap": (FIRST["jvp"], lambda f, ts: f(*ts)),
+}
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.works("Transforms", "PyTorch's own samples (OpInfo) through vmap, vjp and jvp inside one another")
+@pytest.mark.parametrize("transform", COMPOSED)
+@pytest.mark.parametrize("name", OPINFO)
+def test_opinfo_samples_composed(name, transform):
+    outer, inner = COMPOSED[transform]
+    for own, stock, tensors in itertools.islice(samples(name), 0, None, 2):
+        if inner is not None:
+            dims, tensors = max(batches(tensors, 2), key=lambda b: -b[0].count(None))
+            own = vmap(lambda *ts, f=own: inner(f, ts), dims)
+            stock = lambda *ts, f=stock, dims=dims: each(lambda *a: inner(f, a), dims, ts, 2)  # noqa: E731
+        if outer is None:
+            torch.testing.assert_close(own(*tensors), stock(*tensors))
+        else:
+            torch.testing.assert_close(outer(own, tensors), outer(stock, tensors))

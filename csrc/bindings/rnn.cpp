@@ -140,6 +140,9 @@ void take_packed(Problem& q, const OptionalTensorList& packed) {
   }
 }
 
+// Not p.cx, which is null for an empty batch, too.
+bool given(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
+
 Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tensor& hx, const OptionalTensor& cx,
               at::TensorList weights, Mode mode, const OptionalTensorList& norms, const OptionalTensor& zoneout_mask,
               double zoneout) {
@@ -189,7 +192,7 @@ Problem check(const Tensor& input, const OptionalTensor& batch_sizes, const Tens
   };
   check_shape("hx", hx, shape(p.state_size), input);
   p.hx = q.hold(hx);
-  TORCH_CHECK(lstm == (cx && cx->defined()), "fastnn.rnn: cx must be given for LSTM and for no other mode.");
+  TORCH_CHECK(lstm == given(cx), "fastnn.rnn: cx must be given for LSTM and for no other mode.");
   if (lstm) {
     check_shape("cx", *cx, shape(p.hidden_size), input);
     p.cx = q.hold(*cx);
@@ -219,10 +222,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   RnnParams& p = q.params;
   Tensor output = at::empty(q.output_shape, input.options());
   Tensor h_n = q.step ? at::empty({0}, input.options()) : at::empty(hx.sizes(), input.options());
-  Tensor c_n = p.cx ? at::empty(cx->sizes(), input.options()) : at::empty({0}, input.options());
+  Tensor c_n = given(cx) ? at::empty(cx->sizes(), input.options()) : at::empty({0}, input.options());
   p.output = output.mutable_data_ptr();
   p.h_n = q.step ? nullptr : h_n.mutable_data_ptr();
-  p.c_n = p.cx ? c_n.mutable_data_ptr() : nullptr;
+  p.c_n = given(cx) ? c_n.mutable_data_ptr() : nullptr;
   if (reserve) {
     *reserve = compute_empty({p.directions, p.rows, rnn_reserved(p)}, p.dtype, input);
     p.reserve = reserve->mutable_data_ptr();
@@ -263,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rnn_backward_cpu(
   };
   b.grad_output = gradient("grad_output", grad_output, q.output_shape);
   if (!q.step) b.grad_h_n = gradient("grad_h_n", grad_h_n, hx.sizes());
-  if (p.cx) b.grad_c_n = gradient("grad_c_n", grad_c_n, cx->sizes());
+  if (given(cx)) b.grad_c_n = gradient("grad_c_n", grad_c_n, cx->sizes());
   check_shape("output", output, q.output_shape, input);
   TORCH_CHECK(reserve.numel() == p.directions * p.rows * rnn_reserved(p),
               "fastnn.rnn: reserve must be what rnn_train returned; got ", reserve.sizes(), ".");
@@ -273,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rnn_backward_cpu(
   Tensors grad_weights, grad_norms;
   if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
   if (output_mask[1]) grad_hx = at::empty(hx.sizes(), hx.options());
-  if (output_mask[2] && p.cx) grad_cx = at::empty(cx->sizes(), cx->options());
+  if (output_mask[2] && given(cx)) grad_cx = at::empty(cx->sizes(), cx->options());
   if (output_mask[3])
     for (const Tensor& w : weights) grad_weights.push_back(at::empty(w.sizes(), w.options()));
   if (output_mask[3] && norms)
@@ -292,7 +295,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors> rnn_backward_cpu(
     const auto norm = [&](size_t i) { return i < each ? grad_norms[d * each + i].mutable_data_ptr() : nullptr; };
     g.norm_ih = norm(0), g.norm_hh = norm(1), g.norm_c_weight = norm(2), g.norm_c_bias = norm(3);
   }
-  cpu::rnn_backward(b);
+  if (p.batch > 0) {
+    cpu::rnn_backward(b);
+  } else {  // sums over nothing
+    for (Tensors* grads : {&grad_weights, &grad_norms})
+      for (Tensor& grad : *grads) grad.zero_();
+  }
   return {std::move(grad_input), std::move(grad_hx), std::move(grad_cx), std::move(grad_weights),
           std::move(grad_norms)};
 }

@@ -12,6 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from fastnn.functional._attention import Options
+
 _ops = torch.ops.fastnn
 
 
@@ -132,13 +134,13 @@ def _(grad_output, input, weight, bias, saved, stride, padding, dilation, groups
 # A row's last entry says which dimension it is, counted back from the scores: 0 rows, 1 heads, 2 batch …; None: no shard.
 
 
-def _attention_rows(query, key, value, attn_mask, is_causal: bool, enable_gqa: bool, window) -> Iterator[tuple]:
+def _attention_rows(query, key, value, attn_mask, options: Options) -> Iterator[tuple]:
     whole = Replicate()
     yield whole, whole, whole, whole, whole, None
     lead = max(t.ndim for t in (query, key, value)) - 2
     for back in range(lead, 0, -1):  # the batch first
         sizes = [_size(t, back) for t in (query, key, value)]
-        if enable_gqa and back == 1:
+        if options.enable_gqa and back == 1:
             ways, whole_groups = _ways(query, key, value), {sizes[0], *(size for size in sizes[1:] if size > 1)}
             if any(size % ways for size in whole_groups):
                 continue
@@ -148,7 +150,7 @@ def _attention_rows(query, key, value, attn_mask, is_causal: bool, enable_gqa: b
         else:
             placements = [_along(t, back, max(sizes)) for t in (query, key, value)]
         yield *placements, _along(attn_mask, back, max(sizes)), Shard(lead - back), back
-    if not is_causal and window is None:
+    if not options.is_causal and options.window is None:
         rows = query.shape[-2]
         yield Shard(query.ndim - 2), whole, whole, _along(attn_mask, 0, rows), Shard(lead), 0
 
@@ -178,74 +180,33 @@ def _ways(query, key, value) -> int:
 
 
 @_rule("attention")
-def _(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    window=None,
-    softcap=None,
-    philox_seed=None,
-):
+def _(query, key, value, attn_mask=None, *rest):
+    options = Options(*rest)
     return [
-        ([out, out], [q, k, v, *_given([mask, Replicate()], attn_mask, philox_seed)])
-        for q, k, v, mask, out, _ in _attention_rows(query, key, value, attn_mask, is_causal, enable_gqa, window)
+        ([out, out], [q, k, v, *_given([mask, Replicate()], attn_mask, options.philox_seed)])
+        for q, k, v, mask, out, _ in _attention_rows(query, key, value, attn_mask, options)
     ]
 
 
 @_rule("attention_weights")
-def _(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    window=None,
-    softcap=None,
-    philox_seed=None,
-    average=False,
-):
-    found = []
-    for q, k, v, mask, out, back in _attention_rows(query, key, value, attn_mask, is_causal, enable_gqa, window):
-        if average and back == 1:
+def _(query, key, value, attn_mask=None, *rest):
+    found, options = [], Options(*rest)
+    for q, k, v, mask, out, back in _attention_rows(query, key, value, attn_mask, options):
+        if options.average and back == 1:
             continue  # the mean is over the heads
-        weights = Shard(out.dim - 1) if average and back == 0 else out
-        found.append(([out, out, weights], [q, k, v, *_given([mask, Replicate()], attn_mask, philox_seed)]))
+        weights = Shard(out.dim - 1) if options.average and back == 0 else out
+        found.append(([out, out, weights], [q, k, v, *_given([mask, Replicate()], attn_mask, options.philox_seed)]))
     return found
 
 
 @_rule("attention_backward")
-def _(
-    grad_output,
-    grad_lse,
-    query,
-    key,
-    value,
-    attn_mask,
-    output,
-    lse,
-    dropout_p,
-    is_causal,
-    scale,
-    enable_gqa,
-    window,
-    softcap,
-    philox_seed,
-    output_mask,
-):
-    found = []
-    for *placements, out, back in _attention_rows(query, key, value, attn_mask, is_causal, enable_gqa, window):
+def _(grad_output, grad_lse, query, key, value, attn_mask, output, lse, *rest):
+    found, options, output_mask = [], Options(*rest[:-1]), rest[-1]
+    for *placements, out, back in _attention_rows(query, key, value, attn_mask, options):
         grads = placements if back is None else [_grad_of(p) for p in placements]
         q, k, v, mask = placements
         inputs = [out, *_given([out], grad_lse), q, k, v, *_given([mask], attn_mask), out, out]
-        found.append((_wanted(grads, output_mask), [*inputs, *_given([Replicate()], philox_seed)]))
+        found.append((_wanted(grads, output_mask), [*inputs, *_given([Replicate()], options.philox_seed)]))
     return found
 
 

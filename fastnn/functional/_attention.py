@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastnn import reference
 from fastnn.functional import _batching, _transforms
 from fastnn.functional._transforms import below_autograd
+
+
+class Options(NamedTuple):
+    """What follows attn_mask in the ops, for functions that torch calls: it leaves out what ends in defaults."""
+
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    window: Sequence[int] | None = None
+    softcap: float | None = None
+    philox_seed: Tensor | None = None
+    average: bool = False  # of attention_weights
 
 
 @dataclass(frozen=True)
@@ -47,23 +62,10 @@ class Attention(_transforms.Op):
 
 
 @torch.library.register_vmap("fastnn::attention")
-def _(
-    info,
-    in_dims,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    window=None,
-    softcap=None,
-    philox_seed=None,
-):
-    op = Attention(dropout_p, is_causal, scale, enable_gqa, window, softcap)
-    dims, tensors = _dims(in_dims), (query, key, value, attn_mask, philox_seed)
+def _(info, in_dims, query, key, value, attn_mask=None, *rest):
+    options = Options(*rest)
+    op = Attention(*options[:6])
+    dims, tensors = _dims(in_dims), (query, key, value, attn_mask, options.philox_seed)
     return _batching.attention(_transforms.run_forward, info.batch_size, dims, op, *tensors)
 
 
@@ -108,24 +110,10 @@ class AttentionWeights(Attention):
 
 
 @torch.library.register_vmap("fastnn::attention_weights")
-def _(
-    info,
-    in_dims,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    window=None,
-    softcap=None,
-    philox_seed=None,
-    average=False,
-):
-    op = AttentionWeights(dropout_p, is_causal, scale, enable_gqa, window, softcap, average)
-    dims, tensors = _dims(in_dims), (query, key, value, attn_mask, philox_seed)
+def _(info, in_dims, query, key, value, attn_mask=None, *rest):
+    options = Options(*rest)
+    op = AttentionWeights(*options[:6], options.average)
+    dims, tensors = _dims(in_dims), (query, key, value, attn_mask, options.philox_seed)
     return _batching.attention(_transforms.run_forward, info.batch_size, dims, op, *tensors)
 
 

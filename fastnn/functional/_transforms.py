@@ -59,6 +59,8 @@ def jvp(f: Callable[..., Tensors], args: Tensors, tangents: Tensors) -> Tensors:
 
 def _linearised(f, args, wanted, used=None):
     chosen = [i for i, want in enumerate(wanted) if want]
+    # What a backward saved under a transform that has ended: torch's vjp cannot return it, and a formula may.
+    args = [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in args]
 
     def of_chosen(*xs):
         full = list(args)

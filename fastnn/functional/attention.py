@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _transforms
-from fastnn.functional._attention import Attention
+from fastnn.functional._attention import Attention, Options
 
 if TYPE_CHECKING:
     from fastnn.nn.kv_cache import KVCache
@@ -177,44 +177,16 @@ def _empty_like_query(like: Tensor, lead: list[int], rows: int, cols: int) -> Te
 
 
 @torch.library.register_fake("fastnn::attention")
-def _(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    window=None,
-    softcap=None,
-    philox_seed=None,
-):
-    lead = _lead(query, key, value, attn_mask, enable_gqa)
+def _(query, key, value, attn_mask=None, *rest):
+    lead = _lead(query, key, value, attn_mask, Options(*rest).enable_gqa)
     output = _empty_like_query(query, lead, query.shape[-2], value.shape[-1])
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return output, query.new_empty([*lead, query.shape[-2]], dtype=lse_dtype)
 
 
 @torch.library.register_fake("fastnn::attention_backward")
-def _(
-    grad_output,
-    grad_lse,
-    query,
-    key,
-    value,
-    attn_mask,
-    output,
-    lse,
-    dropout_p,
-    is_causal,
-    scale,
-    enable_gqa,
-    window,
-    softcap,
-    philox_seed,
-    output_mask,
-):
+def _(grad_output, grad_lse, query, key, value, attn_mask, output, lse, *rest):
+    output_mask = rest[-1]
     lead = list(output.shape[:-2])
 
     def grad(like, full):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastnn import _export, _fallback, reference
 from fastnn._library import _C
 from fastnn.functional import _transforms
-from fastnn.functional._attention import AttentionWeights
+from fastnn.functional._attention import AttentionWeights, Options
 from fastnn.functional.attention import _empty_like_query, _lead, _seed, _served
 
 
@@ -81,21 +81,9 @@ def _by_torch(query, key, value, attn_mask, options, average):
 
 
 @torch.library.register_fake("fastnn::attention_weights")
-def _(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    window=None,
-    softcap=None,
-    philox_seed=None,
-    average=False,
-):
-    lead = _lead(query, key, value, attn_mask, enable_gqa)
+def _(query, key, value, attn_mask=None, *rest):
+    options = Options(*rest)
+    lead, average = _lead(query, key, value, attn_mask, options.enable_gqa), options.average
     torch._check(
         not average or len(lead) > 0,
         lambda: f"fastnn.attention_weights: query must have a dimension of heads to average; got {list(query.shape)}.",

@@ -9,10 +9,11 @@ from torch import Tensor
 from fastnn._library import _C
 from fastnn.functional.conv1d import conv1d, row
 from fastnn.functional.conv2d import geometry
-from fastnn.nn._frozen import Frozen, parameters
+from fastnn.nn._frozen import parameters
+from fastnn.nn.conv2d import Convolution
 
 
-class Conv1d(Frozen, torch.nn.Conv1d):
+class Conv1d(Convolution, torch.nn.Conv1d):
     r"""y = f(W * x + b), in one kernel.
 
     Args:
@@ -24,29 +25,6 @@ class Conv1d(Frozen, torch.nn.Conv1d):
 
     Source: ``torch.nn.Conv1d``.
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
-        self.activation = activation
-
-    activation: str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, *parameters(self, ("weight", "bias")))
@@ -69,6 +47,3 @@ class Conv1d(Frozen, torch.nn.Conv1d):
         """How the weight is to be packed for this call: groups, channels_last, algorithm. None: not at all."""
         kernel = weight.unsqueeze(-2)
         return _C._conv2d_packing(input.unsqueeze(-2), kernel, *geometry(kernel, *row(*where)), self.groups)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")

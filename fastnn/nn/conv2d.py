@@ -11,18 +11,8 @@ from fastnn.functional.conv2d import conv2d, geometry
 from fastnn.nn._frozen import Fold, Frozen, parameters
 
 
-class Conv2d(Frozen, torch.nn.Conv2d):
-    r"""y = f(W * x + b), in one kernel.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            ``torch.nn.Conv2d``'s.
-        activation: f, a name that :func:`fastnn.functional.conv2d` knows, or None.
-
-    Shape: ``[N, C, H, W]`` or ``[C, H, W]`` to the same with K channels. ``state_dict`` is that of ``torch.nn.Conv2d``.
-
-    Source: ``torch.nn.Conv2d``.
-    """
+class Convolution(Frozen):
+    """What Conv1d and Conv2d share: the constructor of torch's, and an activation."""
 
     def __init__(
         self,
@@ -46,6 +36,24 @@ class Conv2d(Frozen, torch.nn.Conv2d):
         self.activation = activation
 
     activation: str | None = None
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class Conv2d(Convolution, torch.nn.Conv2d):
+    r"""y = f(W * x + b), in one kernel.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            ``torch.nn.Conv2d``'s.
+        activation: f, a name that :func:`fastnn.functional.conv2d` knows, or None.
+
+    Shape: ``[N, C, H, W]`` or ``[C, H, W]`` to the same with K channels. ``state_dict`` is that of ``torch.nn.Conv2d``.
+
+    Source: ``torch.nn.Conv2d``.
+    """
+
     _fold: Fold | None = None  # the batch norm that freeze folded in
 
     def forward(self, input: Tensor) -> Tensor:
@@ -72,6 +80,3 @@ class Conv2d(Frozen, torch.nn.Conv2d):
         if isinstance(where[1], str):
             where = geometry(weight, *where)
         return _C._conv2d_packing(input, weight, *where, self.groups)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")

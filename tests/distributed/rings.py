@@ -61,6 +61,89 @@ def the_ring_has_other_keys_than_queries_and_a_soft_cap():
         torch.testing.assert_close(found, shards(want), rtol=1e-12, atol=1e-12)
 
 
+def masks():
+    """Of 16 queries and keys: padded keys, whole blocks of them; a query that sees no key; biases, broadcast and not."""
+    padding = torch.arange(16) >= torch.tensor([13, 0])[:, None, None, None]
+    seen = torch.rand(4, 16, 16) > 0.5
+    seen[:, 3] = False
+    bias = torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    return [~padding, seen, bias, bias.masked_fill(padding, -torch.inf), bias[0, 0, :1], bias[:, :, :, :1]]
+
+
+def the_ring_takes_masks():
+    for group, (mask, is_causal, zigzag) in itertools.product(
+        groups(), itertools.product(masks(), (False, True), (False, True))
+    ):
+        whole = tensors(torch.float64, 4, 2, 16, 16, 6)
+        grad = torch.randn(2, 4, 16, 6, dtype=torch.float64)
+        if mask.dtype != torch.bool:
+            whole.append(mask)
+        window = (-1, 0) if is_causal else None
+        want = of_whole(
+            lambda q, k, v, m=mask: reference.attention(q, k, v, m, enable_gqa=True, window=window)[0], whole, grad
+        )
+        rows = shard_positions(16, zigzag=zigzag, group=group)
+        leaves = [t[..., rows, :].clone().requires_grad_() for t in whole[:3]]
+        own = mask[..., rows, :] if mask.shape[-2] > 1 else mask
+        if mask.dtype != torch.bool:
+            leaves.append(own.clone().requires_grad_())
+            own = leaves[-1]
+        output = ring_attention(*leaves[:3], own, is_causal=is_causal, enable_gqa=True, zigzag=zigzag, group=group)
+        found = [output, *torch.autograd.grad(output, leaves, grad[..., rows, :])]
+        shards = [t[..., rows, :] for t in want[:4]]
+        if mask.dtype != torch.bool and mask.shape[-2] > 1:
+            shards.append(want[4][..., rows, :])
+        elif mask.dtype != torch.bool:  # of one row for all queries, each process has a share
+            dist.all_reduce(found[4], group=group)
+            shards.append(want[4])
+        torch.testing.assert_close(found, shards, rtol=1e-12, atol=1e-12)
+
+
+def the_ring_drops_weights():
+    for group, zigzag in itertools.product(groups()[:2], (False, True)):
+        q, k, v = tensors(torch.float64, 4, 4, 16, 16, 6)
+        rows = shard_positions(16, zigzag=zigzag, group=group)
+        shards = [t[..., rows, :].clone().requires_grad_() for t in (q, k, v)]
+        options = dict(is_causal=True, zigzag=zigzag, group=group)
+        unit = torch.eye(16, dtype=torch.float64).expand(2, 4, 16, 16)[..., rows, :]
+        torch.manual_seed(3)
+        weights = ring_attention(*shards[:2], unit, dropout_p=0.4, **options)
+        torch.manual_seed(3)
+        output = ring_attention(*shards, dropout_p=0.4, **options)
+
+        seen = rows[:, None] >= torch.arange(16)
+        kept = weights.detach() != 0
+        share = kept.sum() / (seen.sum() * 8)
+        assert not kept[..., ~seen].any() and 0.45 < share < 0.75, share
+        everywhere = [torch.empty_like(kept) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everywhere, kept, group=group)
+        assert not torch.equal(everywhere[0][0, 0, -1], everywhere[1][0, 0, -1]), "each process drops its own"
+
+        leaves = [shards[0].detach().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()]
+        scores = (leaves[0] @ leaves[1].mT / 8**0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        expected = (scores * kept / 0.6) @ leaves[2]
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+        grad = torch.randn_like(expected)
+        want = torch.autograd.grad(expected, leaves, grad)
+        for t in want[1:]:
+            dist.all_reduce(t, group=group)
+        want = [want[0], *(t[..., rows, :] for t in want[1:])]
+        torch.testing.assert_close(list(torch.autograd.grad(output, shards, grad)), want, rtol=1e-12, atol=1e-12)
+
+
+def the_ring_refuses_second_derivatives():
+    """Also where the gradient that comes in is a constant."""
+    q, k, v = (t.requires_grad_() for t in tensors(torch.float64, 2, 2, 4, 4, 8))
+    for grad_grad in (lambda out: out.sum(), lambda out: out.square().sum()):
+        (grad,) = torch.autograd.grad(grad_grad(ring_attention(q, k, v)), q, create_graph=True)
+        try:
+            (grad.sum() + q.square().sum()).backward()
+        except RuntimeError as error:
+            assert re.search(r"^fastnn.ring_attention: .* must not be differentiated; got a second deriv", str(error))
+        else:
+            raise AssertionError("nothing was raised")
+
+
 def the_ring_is_as_exact_as_torch_in_lower_precision():
     for dtype, is_causal in itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)):
         whole = tensors(dtype, 4, 4, 64, 64, 8)
@@ -83,6 +166,7 @@ def the_ring_says_what_is_wrong():
     for text, call in (
         ("key must have query's 4 positions where is_causal; got 3", lambda: ring_attention(q, k, k, is_causal=True)),
         ("an even number with zigzag; got 3", lambda: ring_attention(k, k, k, is_causal=True, zigzag=True)),
+        ("and the keys of all, [4, 12]; got [4, 3].", lambda: ring_attention(q, k, k, torch.ones(4, 3) > 0)),
         ("must have a kernel; got: dtype torch.int64", lambda: ring_attention(q.long(), k.long(), k.long())),
     ):
         try:
@@ -111,6 +195,9 @@ def the_shards_are_the_sequence():
 CHECKS = [
     the_ring_gives_what_one_process_gives,
     the_ring_has_other_keys_than_queries_and_a_soft_cap,
+    the_ring_takes_masks,
+    the_ring_drops_weights,
+    the_ring_refuses_second_derivatives,
     the_ring_is_as_exact_as_torch_in_lower_precision,
     the_ring_says_what_is_wrong,
     the_shards_are_the_sequence,
