@@ -225,6 +225,44 @@ def test_a_query_that_sees_nothing_gives_zeros():
     assert all(g.isfinite().all() for g in grads) and (grads[0][:, :, [4, 17]] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 2, 90, 130, 64, 64), (1, 8, 1, 1, 900, 64, 64), (1, 2, 2, 7, 70, 300, 8)])
+@pytest.mark.parametrize("hidden", ["least", -1e9, -1e30])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_row_masked_by_a_number_is_the_mean_of_the_values(dtype, hidden, shape):
+    """Times log2(e) the least finite number would be -infinity, and less itself NaN."""
+    leaves, (length, keys) = tensors(shape, dtype, requires_grad=True), shape[3:5]
+    wider = torch.float64 if dtype == torch.float64 else torch.float32
+    grad = draw(*shape[:2], length, shape[6], dtype=dtype)
+    grad[..., 0, :] = 0  # nobody looks at such a row, and its gradient must not spoil the others'
+    for mask_dtype in {dtype, wider}:
+        number = torch.finfo(mask_dtype).min if hidden == "least" else hidden
+        if number < torch.finfo(mask_dtype).min:
+            continue  # -infinity there
+        for others in (number, -math.inf):  # what else hides keys, in the same row and in those that see some
+            mask = torch.zeros(length, keys, device=DEVICE, dtype=mask_dtype)
+            mask[0], mask[:, -3:] = number, others
+            mask[-1, :-5] = number  # a row all of whose first tiles are hidden
+            own, lse = attention(*leaves, mask, enable_gqa=True, return_lse=True)
+            with torch.no_grad():
+                same, weights = attention_weights(*leaves, mask, enable_gqa=True)
+            # The numbers swallow the scores in the type that the kernels sum in.
+            query, key, value = (t.detach().to(wider).requires_grad_() for t in leaves)
+            k, v = (t.repeat_interleave(shape[1] // shape[2], 1) for t in (key, value))
+            right = (query @ k.mT / math.sqrt(shape[5]) + mask).softmax(-1)
+            exact = right @ v
+            assert lse.isfinite().all()
+            largest = 60.0 if number < -1e6 else -number  # a number that does not swallow scores rounds them
+            near(weights, right.double(), right.double(), dtype, largest)
+            for output in (own, same):
+                near(output, exact.double(), (right @ v.abs()).double(), dtype, largest)
+            if length > 1:
+                mine = torch.autograd.grad(own, leaves, grad)
+                true = torch.autograd.grad(exact, (query, key, value), grad.to(wider))
+                for a, b in zip(mine, true, strict=True):
+                    scale = max(1.0, b.abs().max().item())
+                    assert (a.to(wider) - b).abs().max() <= TOLERANCE[dtype] * scale
+
+
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_large_scores_and_special_values(dtype):
     query, key, value = tensors((1, 2, 2, 30, 90, 64, 64), dtype)

@@ -65,6 +65,12 @@ __global__ void __launch_bounds__(128) attention_delta_kernel(__grid_constant__ 
     static_cast<C*>(b.delta)[number] = sum - (b.grad_lse ? static_cast<const C*>(b.grad_lse)[number] : C(0));
 }
 
+// What is taken off scores: a row with no key to see has lse -infinity, and P = 0.
+template <class C>
+FASTNN_DEVICE C safe_lse(C lse) {
+  return lse == kMinusInfinity<C> ? -lse : lse;
+}
+
 enum class AttentionGrad { Query, Key, Value, Mask };
 
 template <class T, AttentionGrad OF>
@@ -153,9 +159,8 @@ struct AttentionGradKernel {
     if (p.mask_type == AttentionMask::Bool) s = masked(s, mask[at]);
     if (p.mask_type == AttentionMask::Query) s = masked(s, reinterpret_cast<const T*>(mask)[at]);
     if (p.mask_type == AttentionMask::Float32) s = masked(s, reinterpret_cast<const float*>(mask)[at]);
-    // A row with no key to see has lse -infinity, and P = 0.
-    const C shift = lse == kMinusInfinity<C> ? lse : -lse * kLog2E<C>;
-    const C weight = exp2_of(s * static_cast<C>(p.factor) + shift);
+    const C factor = static_cast<C>(p.factor) / kLog2E<C>;
+    const C weight = exp2_of((s * factor - safe_lse(lse)) * kLog2E<C>);
     if constexpr (kOfValue) return kept ? weight * keep : C(0);
     const C grad = weight * ((kept ? dp * keep : C(0)) - delta);
     return kOfMask ? grad : grad * slope;

@@ -139,9 +139,6 @@ struct AttentionGradMmaKernel {
     }
   }
 
-  // A row with no key to see has lse -infinity, and P = 0.
-  static FASTNN_DEVICE float shift_of(float lse) { return lse == kMinusInfinity<float> ? lse : -lse * kLog2E<float>; }
-
   // Products become weights: s becomes P (for dV) and dp becomes dS. `columns`: lse of the walked queries, then delta.
   static FASTNN_DEVICE void weigh(const AttentionForward& p, Scores& s, Scores& dp, const Place& at, const Rows& rows,
                                   const float* columns, uint32_t dropped, bool edge) {
@@ -175,20 +172,21 @@ struct AttentionGradMmaKernel {
     if (p.mask_type == AttentionMask::Bool) add_mask<uint8_t>(p, s, at);
     if (p.mask_type == AttentionMask::Query) add_mask<T>(p, s, at);
     if (p.mask_type == AttentionMask::Float32) add_mask<float>(p, s, at);
+    const auto each_lse = [&](const auto& f) {  // f(a score, its lse)
 #pragma unroll
-    for (int j = 0; j < kFragmentsS; ++j) {
-      float shift[2] = {};
-      if constexpr (OF_KEYS) {
-        const auto lse = of_column(j, 0);
-        shift[0] = shift_of(lse.data[0]), shift[1] = shift_of(lse.data[1]);
+      for (int j = 0; j < kFragmentsS; ++j) {
+        Vector<float, 2> lse{};
+        if constexpr (OF_KEYS) lse = of_column(j, 0);
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) f(s[i][j][e], safe_lse(OF_KEYS ? lse.data[e % 2] : rows.lse[i][e / 2]));
       }
-#pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          s[i][j][e] =
-              ptx::exp2_approximate(::fmaf(s[i][j][e], c, OF_KEYS ? shift[e % 2] : shift_of(rows.lse[i][e / 2])));
-    }
+    };
+    const bool masks = p.mask_type != AttentionMask::None;
+    if (masks) each_lse([](float& x, float lse) { x -= lse; });  // before the factor: see safe_top
+    each_lse(
+        [&](float& x, float lse) { x = ptx::exp2_approximate(::fmaf(x, c, masks ? 0.0f : lse * -kLog2E<float>)); });
     if (edge)
       each([&](int i, int j, int e) {
         const int query = at.query(i, j, e), key = at.key(i, j, e);

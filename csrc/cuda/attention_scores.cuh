@@ -147,7 +147,9 @@ FASTNN_DEVICE double log_of(double x) { return ::log(x); }
 FASTNN_DEVICE float exp2_of(float x) { return ::exp2f(x); }
 FASTNN_DEVICE double exp2_of(double x) { return ::exp2(x); }
 
-// Nothing seen yet, -infinity, is taken for 0: -infinity less -infinity is NaN.
+// Nothing seen yet, -infinity, is taken for 0: -infinity less -infinity is NaN. Where there may be a mask the top is taken
+// off a score before the factor: in a row masked wholly by the least finite number both are such that times the factor
+// they are infinite, or rounded by more than a score.
 template <class C>
 FASTNN_DEVICE C safe_top(C top) {
   return top == kMinusInfinity<C> ? C(0) : top;

@@ -173,7 +173,7 @@ struct AttentionMmaKernel {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = s[i][j][2 * half + e];
-            x = ptx::exp2_approximate(::fmaf(x, c, shift));
+            x = ptx::exp2_approximate(tile.general ? (x - safe) * c : ::fmaf(x, c, shift));
             sum += x;
           }
         state.sum[i][half] = sum;

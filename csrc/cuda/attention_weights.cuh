@@ -36,7 +36,7 @@ struct AttentionWeightsKernel {
       if (row.query >= p.query_length) continue;
       const int first = row.query + p.first_shift, last = row.query + p.last_shift;
       const C top = static_cast<const C*>(p.maximum)[row.number(p)], sum = static_cast<const C*>(p.sum)[row.number(p)];
-      const C shift = -safe_top(top) * c, inverse = sum == C(0) ? static_cast<C>(p.unseen) : C(1) / sum;
+      const C safe = safe_top(top), inverse = sum == C(0) ? static_cast<C>(p.unseen) : C(1) / sum;
       const unsigned char* const mask = mask_row<T>(p, row);
       Vector<uint32_t, 4> words{};
       if (p.drop_below) words = philox(seed, row, key0);
@@ -51,7 +51,7 @@ struct AttentionWeightsKernel {
         if (p.mask_type == AttentionMask::Query) score = masked(score, reinterpret_cast<const T*>(mask)[at]);
         if (p.mask_type == AttentionMask::Float32) score = masked(score, reinterpret_cast<const float*>(mask)[at]);
         if (key < first || key > last) score = kMinusInfinity<C>;
-        const C weight = exp2_of(score * c + shift) * inverse;
+        const C weight = exp2_of((score - safe) * c) * inverse;
         if (words.data[j] >= p.drop_below) sums[i][j] += weight;
       }
     }

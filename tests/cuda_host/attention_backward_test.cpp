@@ -73,11 +73,11 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
           x = c.softcap * t, slope[k] = 1 - t * t;
         }
         const double added = c.mask != AttentionMask::None ? mask.at(h, l, k) : 0;
-        x += added;
+        x = masked_score<C>(x, added);
         if (k < l + c.first || k > l + c.last) x = -INFINITY;
         s[k] = x, top = std::max(top, x);
-        wrong[k] = unit * (size * (2 + std::sqrt(1.0 * c.D)) +
-                           (std::isinf(x) ? 0 : 8 * std::fabs(x) + std::fabs(added)) + 16 * c.softcap + 16);
+        const double rounded = swallows(added) || std::isinf(x) ? 0 : 8 * std::fabs(x) + std::fabs(added);
+        wrong[k] = unit * (size * (2 + std::sqrt(1.0 * c.D)) + rounded + 16 * c.softcap + 16);
       }
       for (int64_t k = 0; k < c.S; ++k) sum += top > -INFINITY ? std::exp(s[k] - top) : 0;
       lse.data[number] = static_cast<C>(sum > 0 ? top + std::log(sum) : -INFINITY);
@@ -89,7 +89,8 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
         delta += product, delta_size += std::fabs(product);
       }
       for (int64_t k = 0; k < c.S && sum > 0; ++k) {
-        const double P = std::exp(s[k] - lse.data[number]), off = 3 * wrong[k] + 8 * unit * std::fabs(lse.data[number]);
+        const double P = std::exp(s[k] - lse.data[number]);  // its sum is lost where all scores are
+        const double off = 3 * wrong[k] + (s[k] == lse.data[number] ? 0 : 8 * unit * std::fabs(lse.data[number]));
         double dP = 0, size = 0;
         for (int64_t n = 0; n < c.V; ++n) {
           const double product = grad.at(h, l, n) * value.at(g, k, n) * keeps[k] * keep;
@@ -159,6 +160,7 @@ void check_simt(int count) {
   c.L = 5, c.S = 70, c.last = 40;
   for (const int D : {0, 1, 7, 8, 9, 16, 63, 64, 65, 129, 150}) c.D = D, c.V = 3, check<T>(c);
   for (const int V : {0, 1, 63, 64, 65, 128, 129, 150}) c.D = 8, c.V = V, check<T>(c);
+  c.L = 7, with_hidden_rows(c, check<T>);
   for (int i = 0; i < count; ++i) {
     Case r;
     r.kernel = AttentionKernel::Simt;
@@ -187,6 +189,7 @@ void check_mma(int tile, int count) {
     }
   for (const int D : {0, 1, 7, 8, 9, w / 2, w / 2 + 1, w - 8, w - 1, w})
     c.L = 37, c.S = 41, c.D = D, c.V = w - D, c.last = 2, check<T>(c);
+  c.V = 8, with_hidden_rows(c, check<T>);
   for (int i = 0; i < count; ++i) {
     Case r;
     r.tile = tile;

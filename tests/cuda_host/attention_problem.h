@@ -79,6 +79,7 @@ struct Case {
   int64_t first = -kAttentionNoLimit, last = kAttentionNoLimit;
   double scale = 0.3, softcap = 0, dropout = 0;
   bool nan_unseen = false, sums = false, seed_on_device = false;
+  bool hidden = false;  // rows of an added mask that are finite and huge
 
   std::string text() const {
     char line[512];
@@ -86,10 +87,10 @@ struct Case {
         line, sizeof line,
         "kernel %d tile %d splits %d packed %d | batch %ld heads %ld group %ld L %ld S %ld D %ld V %ld | query "
         "%d %d %d key %d %d %d value %d %d %d output %d | mask %d broadcast %d order %d shift %d | first %ld "
-        "last %ld scale %g softcap %g dropout %g",
+        "last %ld scale %g softcap %g dropout %g hidden %d",
         static_cast<int>(kernel), tile, splits, packed, batch, heads, group, L, S, D, V, query.order, query.gap,
         query.shift, key.order, key.gap, key.shift, value.order, value.gap, value.shift, output.order,
-        static_cast<int>(mask), mask_broadcast, mask_order, mask_shift, first, last, scale, softcap, dropout);
+        static_cast<int>(mask), mask_broadcast, mask_order, mask_shift, first, last, scale, softcap, dropout, hidden);
     return line;
   }
 };
@@ -97,12 +98,40 @@ struct Case {
 inline double mask_draw() { return chance(20) ? -INFINITY : normal(); }
 inline double bool_draw() { return chance(70); }
 
+// Rows masked wholly, but for what is -infinity, by the least finite number and by others in which scores vanish, and
+// columns that are masked so in every row.
+template <class M>
+void hide(Operand<M>& mask) {
+  const double least = std::is_same_v<M, Float16>    ? -65504.0
+                       : std::is_same_v<M, BFloat16> ? -0x1.fep127
+                       : std::is_same_v<M, float>    ? -0x1.fffffep127
+                                                     : -0x1.fffffffffffffp1023;
+  const double values[] = {least, -1e9, -1e30};
+  for (const int64_t at : mask.offset)
+    for (int64_t i = 0; i < mask.size[2]; ++i)
+      for (int64_t e = 0; e < mask.size[3]; ++e) {
+        M& x = mask.data[at + i * mask.stride[2] + e * mask.stride[3]];
+        if (std::isinf(to_double(x))) continue;
+        if (i % 3 == 0) x = from_double<M>(std::max(values[i / 3 % 3], least));
+        if (e % 5 == 4) x = from_double<M>(least);
+      }
+}
+// A score with what is added to it. A huge number is added in C, as the kernel does it: its rounding swallows the score,
+// and the kernel's errors with it.
+inline bool swallows(double added) { return added < -1e6 && std::isfinite(added); }
+template <class C>
+double masked_score(double score, double added) {
+  return swallows(added) ? static_cast<C>(added) + static_cast<C>(score) : score + added;
+}
+
 // The mask of a case, its offsets those of all heads; where it is broadcast it has strides of 0.
 template <class M>
 Operand<M> mask_of(const Case& c, double (*draw)()) {
   const auto kept = [&](int bit, int64_t n) { return c.mask_broadcast >> bit & 1 ? std::min<int64_t>(n, 1) : n; };
   Operand<M> mask({kept(0, c.batch), kept(1, c.heads), kept(2, c.L), kept(3, c.S)}, {c.mask_order, 0, c.mask_shift},
                   c.mask == AttentionMask::None ? nullptr : draw);
+  if constexpr (!std::is_same_v<M, uint8_t>)
+    if (c.hidden && c.mask != AttentionMask::None) hide(mask);
   std::vector<int64_t> offset;
   for (int64_t h = 0; h < c.batch * c.heads; ++h) {
     const int64_t b = c.mask_broadcast & 1 ? 0 : h / c.heads, own = c.mask_broadcast & 2 ? 0 : h % c.heads;
@@ -121,6 +150,13 @@ void with_mask_type(const Case& c, const F& f) {
     case AttentionMask::Float32: return f(float{}, mask_draw);
     default: return f(T{}, mask_draw);
   }
+}
+
+// f(the case with each kind of added mask, whose rows hide)
+template <class F>
+void with_hidden_rows(Case c, const F& f) {
+  c.hidden = true;
+  for (const AttentionMask mask : {AttentionMask::Query, AttentionMask::Float32}) c.mask = mask, f(c);
 }
 
 // All that the case says, but for where results other than the output go.
@@ -158,7 +194,7 @@ inline void random_general(Case& c) {
   if (chance(30)) c.softcap = pick({1, 5, 50});
   if (chance(30)) c.dropout = pick({1, 5, 9, 10}) / 10.0;
   if (chance(20)) c.scale = pick({-1, 0, 2}) * 0.25;
-  c.seed_on_device = chance(50);
+  c.seed_on_device = chance(50), c.hidden = chance(30);
 }
 inline void random_rest(Case& c) {
   c.query = random_placed(), c.key = random_placed(), c.value = random_placed();

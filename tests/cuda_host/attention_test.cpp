@@ -57,10 +57,10 @@ void check_with_mask(const Case& c, double (*draw_mask)()) {
         if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
         double added = 0;
         if (c.mask != AttentionMask::None) added = mask.at(h, l, k);
-        x += added;
+        x = masked_score<C>(x, added);
         if (k < l + c.first || k > l + c.last) x = -INFINITY;
         s[k] = x;
-        if (x > -INFINITY)
+        if (x > -INFINITY && !swallows(added))
           wrong = std::max(
               wrong, unit * (size * (2 + std::sqrt(1.0 * c.D)) + 8 * std::fabs(x) + std::fabs(added) + 16 * c.softcap));
         top = std::max(top, x);
@@ -130,6 +130,9 @@ void check_mma(int tile, int count) {
   for (int D = narrower + 1; D <= w; D += w > 96 ? 13 : 5)
     c.L = 18, c.S = 2 * t.keys + 3, c.D = D, c.V = w - (D - narrower - 1), c.last = 0, check<T>(c);
   c.D = 0, c.V = 1, check<T>(c), c.D = 1, c.V = 0, check<T>(c);
+  c.D = c.V = w, c.sums = true;
+  for (const int splits : {1, 2})
+    if (t.general) c.splits = splits, with_hidden_rows(c, check<T>);
   for (int i = 0; i < count; ++i) {
     Case r;
     r.tile = tile;
@@ -153,6 +156,8 @@ void check_simt(int tile, int count) {
     for (const int S : {0, 1, 63, 64, 65, 131}) c.L = L, c.S = S, c.D = 9, c.V = 7, check<T>(c);
   for (const int D : {0, 1, 7, 8, 9, 16, 17, 300}) c.L = 5, c.S = 70, c.D = D, c.V = 65, check<T>(c);
   for (const int V : {0, 1, 63, 64, 65, 127, 128, 129, 300}) c.D = 8, c.V = V, check<T>(c);
+  c.L = 7, c.V = 8, c.sums = true;
+  for (const int splits : {1, 2}) c.splits = splits, with_hidden_rows(c, check<T>);
   for (int i = 0; i < count; ++i) {
     Case r;
     r.kernel = AttentionKernel::Simt, r.tile = tile;

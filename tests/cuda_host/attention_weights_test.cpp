@@ -49,11 +49,11 @@ void check_with_mask(const Case& c, int averaged, double (*draw_mask)()) {
         }
         if (c.softcap != 0) x = c.softcap * std::tanh(x / c.softcap);
         const double added = c.mask != AttentionMask::None ? mask.at(h, l, k) : 0;
-        x += added;
+        x = masked_score<C>(x, added);
         if (k < l + c.first || k > l + c.last) x = -INFINITY;
         s[k] = x, top = std::max(top, x);
-        wrong[k] = unit * (size * (2 + std::sqrt(1.0 * c.D)) +
-                           (std::isinf(x) ? 0 : 8 * std::fabs(x) + std::fabs(added)) + 16 * c.softcap + 16);
+        const double rounded = swallows(added) || std::isinf(x) ? 0 : 8 * std::fabs(x) + std::fabs(added);
+        wrong[k] = unit * (size * (2 + std::sqrt(1.0 * c.D)) + rounded + 16 * c.softcap + 16);
         most = std::max(most, wrong[k]);
       }
       for (int64_t k = 0; k < c.S; ++k) total += top > -INFINITY ? std::exp(s[k] - top) : 0;
@@ -87,6 +87,7 @@ void check_all(int count) {
     for (const int S : {0, 1, 63, 64, 65}) c.L = L, c.S = S, c.D = 9, c.last = L % 2 ? 0 : S - L, check<T>(c, 1);
   c.L = 5, c.S = 70, c.last = 40;
   for (const int D : {0, 1, 7, 8, 9, 16, 17, 33, 65, 129}) c.D = D, check<T>(c, 1);
+  c.L = 7, with_hidden_rows(c, [](const Case& hidden) { check<T>(hidden, 1); });
   for (int i = 0; i < count; ++i) {
     Case r;
     r.batch = pick({1, 2}), r.group = pick({1, 2, 3}), r.heads = r.group * pick({1, 2});
