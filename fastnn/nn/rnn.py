@@ -12,7 +12,7 @@ from fastnn.functional.rnn import rnn
 from fastnn.nn._frozen import Frozen, parameters
 from fastnn.nn._rnn_regularized import Regularized
 
-_TRACES_PADDING = torch.__version__ < (2, 13)  # Dynamo does, and fails; it breaks its graph there in newer ones
+_TRACES_PADDING = torch.__version__ < "2.13"  # Dynamo does, and fails; it breaks its graph there in newer ones
 
 
 def break_at_padding() -> None:
