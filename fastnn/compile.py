@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fastnn import _fallback
+from fastnn.nn.rnn import break_at_padding
 from fastnn.rewrite import Report, rewrite
 
 _graphs: list[tuple[Report, list[weakref.ref]]] = []  # each compiled graph, and the tensors that it was given
@@ -110,6 +111,7 @@ def _let_rnns_in() -> None:
 
     if not isinstance(config.allow_rnn, _AllowRnn):
         config.allow_rnn = _AllowRnn(bool(config.allow_rnn))  # type: ignore[assignment]
+        break_at_padding()
 
 
 _let_rnns_in()  # at the import of this module, that is when the backend is asked for

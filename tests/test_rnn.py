@@ -339,6 +339,20 @@ def test_compile(kind):
         assert torch.equal(compiled(x)[0], own(x)[0])
 
 
+def test_compile_packs_and_pads():
+    torch._dynamo.reset()
+    _, own = modules("GRU", 4, 5, bidirectional=True)
+
+    def f(x, lengths):
+        return pad_packed_sequence(own(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])[0].tanh()
+
+    x, lengths = torch.randn(6, 3, 4, requires_grad=True), torch.tensor([4, 6, 2])
+    compiled = torch.compile(f, backend="aot_eager")
+    grads = [torch.autograd.grad(g(x, lengths).sum(), [x, *own.parameters()]) for g in (f, compiled)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_compile_inductor_training():
     torch._dynamo.reset()
     _, own = modules("LSTM", 5, 8)

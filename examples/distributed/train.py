@@ -155,7 +155,8 @@ def pp(model: nn.Sequential, mesh: DeviceMesh) -> tuple[Step, Iterable[nn.Parame
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         losses: list[Tensor] = []
         last = {"target": targets, "losses": losses} if rank == size - 1 else {}
-        schedule.step(*((inputs,) if rank == 0 else ()), **last)
+        # torch < 2.13 wants the first stage's input contiguous.
+        schedule.step(*((inputs.contiguous(),) if rank == 0 else ()), **last)
         loss = torch.stack(losses).mean().detach() if losses else torch.zeros((), device=device)
         dist.broadcast(loss, size - 1)
         return loss

@@ -34,7 +34,10 @@ class _Layout:
             return tensor
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        return tensor.redistribute(self.mesh, self.placements(spread)).to_local()
+        placements = self.placements(spread)
+        if list(tensor.placements) != placements:  # torch < 2.13 cannot redistribute a parameter to what it is
+            tensor = tensor.redistribute(self.mesh, placements)
+        return tensor.to_local()
 
     def whole(self, local, spread, shape):
         if local is None:

@@ -12,6 +12,16 @@ from fastnn.functional.rnn import rnn
 from fastnn.nn._frozen import Frozen, parameters
 from fastnn.nn._rnn_regularized import Regularized
 
+_TRACES_PADDING = torch.__version__ < "2.13"  # Dynamo does, and fails; it breaks its graph there in newer ones
+
+
+def break_at_padding() -> None:
+    """Have Dynamo break its graph at ``pad_packed_sequence``: torch's own GRU makes it give up the frame before it."""
+    torch._dynamo.disallow_in_graph(torch._VF._pad_packed_sequence)
+
+
+break_at_padding._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable imports Dynamo
+
 
 def _pack_stack(weights: list[Tensor], mode: str, count: int) -> list[Tensor]:
     """Pack the weights of ``count`` layers and directions."""
@@ -70,6 +80,8 @@ class _Recurrent(Frozen, Regularized):
         batch_sizes = sorted_indices = unsorted_indices = None
         is_batched, batch_dim = True, 0 if self.batch_first else 1
         if packed:
+            if _TRACES_PADDING and torch.compiler.is_dynamo_compiling():
+                break_at_padding()
             input, batch_sizes, sorted_indices, unsorted_indices = input
             batch = batch_sizes[0]
         else:

@@ -167,7 +167,9 @@ def grouped_heads_on_a_mesh_of_two_dimensions():
 
 def attention_weights_on_shards():
     at, tensors = mesh(), (rand(4, 4, 8, 6), rand(4, 4, 8, 6), rand(4, 4, 8, 6))
-    for average, placement in itertools.product((False, True), (R, S(0), S(1))):
+    # The gradient of weights is a formula in torch's operators, whose matmul of older ones does not take sharded heads.
+    spread = (R, S(0), S(1)) if torch.__version__ >= (2, 13) else (R, S(0))
+    for average, placement in itertools.product((False, True), spread):
 
         def ours(q, k, v):
             output, weights = functional.attention_weights(q, k, v, average=average)
