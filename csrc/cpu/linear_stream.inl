@@ -23,10 +23,10 @@ void linear_stream(const LinearForward& p, const RowMajorStore<T, C>& store_to) 
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t m = p.M * block / blocks, count = p.M * (block + 1) / blocks - m;
       with_thin_rows(count, [&](auto rows) {
-        thin_product<decltype(rows)::value>(p.K, n.begin, n.end, dense + m * p.K, p.K, w, p.weight_col,
-                                            [&](int64_t from, int64_t to, const C* sums, int64_t width) {
-                                              store_to.finish_rows(m, count, from, to - from, sums, width);
-                                            });
+        thin_product<decltype(rows)::value, C, T>(p.K, n.begin, n.end, dense + m * p.K, p.K, w, p.weight_col,
+                                                  [&](int64_t from, int64_t to, const C* sums, int64_t width) {
+                                                    store_to.finish_rows(m, count, from, to - from, sums, width);
+                                                  });
       });
     }
   });

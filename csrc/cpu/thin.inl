@@ -37,6 +37,22 @@ FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
 template <int ROWS, class C>
 inline constexpr int64_t kThinColumns = std::max(4096 / ROWS, 1024) / 64 * 64 * 4 / int64_t(sizeof(C));
 
+// Whom a block's sums are handed to, by reference: the loop that makes them is compiled once for all.
+template <class C>
+class ThinFinish {
+ public:
+  template <class F>
+  ThinFinish(const F& f)
+      : f_(&f), call_([](const void* f, int64_t from, int64_t to, const C* sums, int64_t width) {
+          (*static_cast<const F*>(f))(from, to, sums, width);
+        }) {}
+  void operator()(int64_t from, int64_t to, const C* sums, int64_t width) const { call_(f_, from, to, sums, width); }
+
+ private:
+  const void* f_;
+  void (*call_)(const void*, int64_t, int64_t, const C*, int64_t);
+};
+
 // Σ over n < N of g[m, n] w[n, k] for k in [begin, end), at least a vector; rows lie *_row apart. Columns go in blocks, of
 // whose sums finish(from, to, sums, width) is told: that of (m, k) is sums[m * width + k - from], and the vectors that hold
 // a row's sums may be read whole.
@@ -44,9 +60,9 @@ inline constexpr int64_t kThinColumns = std::max(4096 / ROWS, 1024) / 64 * 64 * 
 // Eight rows of W at a time, each a run of some KiB that the prefetchers follow. A few vectors down all of W, sums in
 // registers, took 1.5 to 2 times as long: a new page for each row. The eight are added up before they meet the sum so far,
 // which keeps the chain of roundings short; an element's order of summation is that of N alone.
-template <int ROWS, class C, class T, class F>
-void thin_product(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row, const T* w, int64_t w_row,
-                  const F& finish) {
+template <int ROWS, class C, class T>
+__attribute__((noinline)) void thin_product(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row,
+                                            const T* w, int64_t w_row, ThinFinish<C> finish) {
   constexpr int64_t L = kLanes<C>, kColumns = kThinColumns<ROWS, C>;
   constexpr int64_t kWidth = kColumns + 2 * L + 64 / int64_t(sizeof(C));  // rows of sums do not meet in one set of L1
   alignas(64) C sums[ROWS * kWidth];
@@ -94,15 +110,16 @@ template <int ROWS, class C, class T>
 void thin_grad_input(int64_t N, int64_t begin, int64_t end, const C* g, int64_t g_row, const T* w, int64_t w_row,
                      T* out, int64_t out_row, bool add) {
   constexpr int64_t L = kLanes<C>;
-  thin_product<ROWS>(N, begin, end, g, g_row, w, w_row, [=](int64_t from, int64_t to, const C* sums, int64_t width) {
-    for (int64_t m = 0; m < ROWS; ++m) {
-      T* const to_row = out + m * out_row + from;
-      for (int64_t j = 0; j < to - from; j += L) {
-        const Vec<C> sum = load(sums + m * width + j);
-        store_first(to_row + j, add ? load_first(to_row + j, to - from - j) + sum : sum, to - from - j);
-      }
-    }
-  });
+  thin_product<ROWS, C, T>(
+      N, begin, end, g, g_row, w, w_row, [=](int64_t from, int64_t to, const C* sums, int64_t width) {
+        for (int64_t m = 0; m < ROWS; ++m) {
+          T* const to_row = out + m * out_row + from;
+          for (int64_t j = 0; j < to - from; j += L) {
+            const Vec<C> sum = load(sums + m * width + j);
+            store_first(to_row + j, add ? load_first(to_row + j, to - from - j) + sum : sum, to - from - j);
+          }
+        }
+      });
 }
 
 // Stores that go to memory past the caches, where the ISA has them: rows of whole vectors of float or double that all begin
