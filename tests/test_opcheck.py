@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 OPS = torch.ops.fastnn
 REGISTERED = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastnn::"))
 TRACED = {"conv2d_backward", "attention_backward", "attention_weights", "attention_weights_backward", "rnn_backward"}
-VARIANTS = [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
+VARIANTS = [(torch.float32, True), (torch.bfloat16, False)]
 
 
 def draw(dtype, grad, *shapes):
@@ -195,7 +195,7 @@ def rnn_pack(dtype, grad):
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-@pytest.mark.parametrize("dtype, grad", VARIANTS, ids=("float32-grad", "float32", "bfloat16-grad"))
+@pytest.mark.parametrize("dtype, grad", VARIANTS, ids=("float32-grad", "bfloat16"))
 def test_every_op(name, dtype, grad):
     samples = list(globals()[name.removeprefix("fastnn::")](dtype, grad))  # a KeyError: the op has none
     op = getattr(OPS, name.removeprefix("fastnn::")).default
