@@ -72,12 +72,15 @@ def test_attention(heads):
     """By hand: 2 products forward, 5 backward; as torch counts its fused kernels, which the CPU's has no formula for."""
     b, h, length, s, e, v = 2, 4, 5, 7, 8, 6
     q, k, w = leaf(b, h, length, e), leaf(b, heads, s, e), leaf(b, heads, s, v)
+    whole = [
+        (b, h, s, size) for size in (e, v)
+    ]  # of keys and values with all heads, which older formulas of torch want
     scores = 2 * b * h * length * s
     forward, backward = counted(lambda: functional.scaled_dot_product_attention(q, k, w, enable_gqa=heads != h))
-    assert sum(forward.values()) == scores * (e + v) == flop_counter.sdpa_flop_count(q.shape, k.shape, w.shape)
+    assert sum(forward.values()) == scores * (e + v) == flop_counter.sdpa_flop_count(q.shape, *whole)
     shape = (b, h, length, v)
     assert sum(backward.values()) == scores * (3 * e + 2 * v)
-    assert sum(backward.values()) == flop_counter.sdpa_backward_flop_count(shape, q.shape, k.shape, w.shape)
+    assert sum(backward.values()) == flop_counter.sdpa_backward_flop_count(shape, q.shape, *whole)
 
 
 def test_attention_weights():
