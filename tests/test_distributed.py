@@ -60,10 +60,11 @@ def test_pipeline():
     assert_passed("pipeline")
 
 
-def test_the_example_loses_the_same_in_every_way():
-    """Two processes; the first and last loss of each way are those of a process that trains alone, and losses fall."""
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_example_loses_the_same_in_every_way(processes):
+    """The first and last loss of each way are those of a process that trains alone, and losses fall."""
     script = ROOT / "examples" / "distributed" / "train.py"
-    output = torchrun(2, Path(script), "--steps", "8", seconds=240)
+    output = torchrun(processes, Path(script), "--steps", "8", seconds=240)
     table = {
         way: (float(first), float(last))
         for way, first, last in re.findall(r"(\w+) +(\d+\.\d+) +(\d+\.\d+) .* s", output)

@@ -37,19 +37,20 @@ def torchrun(processes: int, script: Path, *arguments: str, seconds: int) -> str
 
 
 @functools.cache
-def found() -> dict[str, str]:
-    """What each check of tests/distributed found on four processes: "" where all is well, else what was raised."""
+def found(processes: int) -> dict[str, str]:
+    """What each check of tests/distributed found on so many processes: "" where all is well, else what was raised."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
-        output = torchrun(4, Path(__file__).with_name("worker.py"), str(results), seconds=300)
+        output = torchrun(processes, Path(__file__).with_name("worker.py"), str(results), seconds=300)
         lines = results.read_text().splitlines() if results.exists() else []
     checks = dict(map(json.loads, lines))
     return checks | {"output": output[-4000:]}
 
 
 def assert_passed(*names: str) -> None:
-    """Fail with what the workers raised; a check that they never came to has failed."""
-    checks = found()
-    for name in names:
-        assert name in checks, f"{name} did not end. The workers printed:\n{checks['output']}"
-        assert not checks[name], checks[name]
+    """Fail with what the workers, two of them or four, raised; a check that they never came to has failed."""
+    for processes in (2, 4):
+        checks = found(processes)
+        for name in names:
+            assert name in checks, f"{name} did not end on {processes}. The workers printed:\n{checks['output']}"
+            assert not checks[name], checks[name]

@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +17,7 @@ R, P, S = Replicate(), Partial(), Shard
 
 
 def mesh():
-    return init_device_mesh("cpu", (4,))
+    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def rand(*shape):
@@ -88,7 +89,7 @@ def linear_on_shards():
 
 
 def linear_on_a_mesh_of_two_dimensions():
-    at = init_device_mesh("cpu", (2, 2))
+    at = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
     tensors = rand(4, 8, 8), rand(12, 8), rand(12)
     columns = ((S(0), R), (R, S(0)), (R, S(0)))
     compare(functional.linear, F.linear, tensors, columns, at, ((S(0), S(2)), (S(0), P), (P, S(0)), (P, S(0))))
@@ -109,7 +110,7 @@ def attention_on_shards():
             return F.scaled_dot_product_attention(q, k, v, **options)
 
         tensors = (q, k[:, :kv_heads], v[:, :kv_heads])
-        heads = None if kv_heads == 2 else (S(1),) * 4  # 2 heads on 4 processes: gathered
+        heads = None if kv_heads < dist.get_world_size() else (S(1),) * 4  # 2 heads on 4 processes: gathered
         heads = (S(1), S(1), P, P) if kv_heads == 1 else heads
         keys = R if kv_heads == 1 else S(1)
         compare(ours, stock, tensors, (R, R, R), at, (R,) * 4)
@@ -152,8 +153,8 @@ def attention_with_a_mask_on_shards():
 
 
 def grouped_heads_on_a_mesh_of_two_dimensions():
-    """Two heads of keys fit the two processes that share heads, though there are four in all."""
-    at = init_device_mesh("cpu", (2, 2))
+    """Two heads of keys fit the two processes that share heads, where there are four in all."""
+    at = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
 
     def ours(q, k, v):
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)

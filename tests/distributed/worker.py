@@ -1,4 +1,4 @@
-"""One of four processes: runs every check on all of them, and has the first write down what each found."""
+"""One of several processes: runs every check on all of them, and has the first write down what each found."""
 
 import faulthandler
 import json

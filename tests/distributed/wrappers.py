@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnn
+from tests.distributed.strategies import mesh
 
 
 class Families(nn.Module):
@@ -91,15 +92,15 @@ def distributed_data_parallel_accumulates_under_no_sync():
 
 
 def distributed_data_parallel_with_uneven_inputs():
-    """Process r has r + 1 batches; to the last step only the last brings one, and DDP divides by four as ever."""
+    """Process r has r + 1 batches; to the last step only the last brings one, and DDP divides by their number as ever."""
     stock, fast = twins()
     fast, x = DistributedDataParallel(fast), batch(2)
     with Join([fast]):
         for _ in range(dist.get_rank() + 1):
             fast.zero_grad()
             fast(x).square().mean().backward()
-    stock(x).square().mean().div(4).backward()
-    if dist.get_rank() == 3:
+    stock(x).square().mean().div(dist.get_world_size()).backward()
+    if dist.get_rank() == dist.get_world_size() - 1:
         assert_same_grads(fast, stock)
 
 
@@ -112,7 +113,7 @@ def sharded(model, **options):
 def fully_sharded_data_parallel():
     """FSDP2: forward, gradients, a step of the optimizer, and what is saved loads into torch's model."""
     stock, fast = twins()
-    sharded(fast, mesh=init_device_mesh("cpu", (4,)))
+    sharded(fast, mesh=mesh())
     assert all(isinstance(p, DTensor) for p in fast.parameters())
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (stock, fast)]
     for _ in range(2):
@@ -132,7 +133,7 @@ def fully_sharded_data_parallel():
 
 def fully_sharded_data_parallel_with_replicas():
     stock, fast = twins()
-    sharded(fast, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+    sharded(fast, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards")))
     x = batch()
     stock(x).square().mean().backward(), fast(own(x)).square().mean().backward()
     assert_same_grads(fast, stock)
@@ -146,7 +147,7 @@ def fully_sharded_data_parallel_in_mixed_precision():
     exact(x.double()).square().mean().backward()
     errors = []
     for model in (stock, fast):
-        sharded(model, mesh=init_device_mesh("cpu", (4,)), mp_policy=policy)
+        sharded(model, mesh=mesh(), mp_policy=policy)
         output = model(own(x))
         assert output.dtype == torch.bfloat16
         output.float().square().mean().backward()
@@ -159,7 +160,7 @@ def fully_sharded_data_parallel_in_mixed_precision():
 
 def a_sharded_checkpoint_loads_into_torchs_model():
     stock, fast = twins()
-    sharded(fast, mesh=init_device_mesh("cpu", (4,)))
+    sharded(fast, mesh=mesh())
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     checkpoint.save(fast.state_dict(), checkpoint_id=folder[0])
@@ -207,7 +208,7 @@ def assert_same_block(fast, stock, x, own=lambda t: t):
 
 def tensor_parallel():
     stock, fast = blocks()
-    parallelize_module(fast, init_device_mesh("cpu", (4,)), plan())
+    parallelize_module(fast, mesh(), plan())
     assert fast.up.weight.placements == (Shard(0),) and fast.down.weight.placements == (Shard(1),)
     assert_same_block(fast, stock, torch.randn(2, 6, 16, dtype=torch.float64))
 
@@ -216,11 +217,11 @@ def tensor_parallel_of_an_accelerated_model():
     """Accelerated before and after it was parallelized."""
     for after in (False, True):
         stock, fast = blocks(nn.Linear)
-        mesh = init_device_mesh("cpu", (4,))
+        at = mesh()
         if after:
-            fast = fastnn.accelerate(parallelize_module(fast, mesh, plan()), inplace=True)
+            fast = fastnn.accelerate(parallelize_module(fast, at, plan()), inplace=True)
         else:
-            fast = parallelize_module(fastnn.accelerate(fast, inplace=True), mesh, plan())
+            fast = parallelize_module(fastnn.accelerate(fast, inplace=True), at, plan())
         assert isinstance(fast.up, fastnn.nn.Linear) and isinstance(fast.up.weight, DTensor)
         assert_same_block(fast, stock, torch.randn(2, 6, 16, dtype=torch.float64))
 
@@ -236,7 +237,7 @@ def tensor_parallel_with_dtensors_between_the_layers():
         return output
 
     fast.attend = attend
-    parallelize_module(fast, init_device_mesh("cpu", (4,)), plan(lambda: ColwiseParallel(use_local_output=False)))
+    parallelize_module(fast, mesh(), plan(lambda: ColwiseParallel(use_local_output=False)))
     assert_same_block(fast, stock, torch.randn(2, 6, 16, dtype=torch.float64))
     assert placements == [((Shard(1),), (Shard(1),))]
 
@@ -248,7 +249,7 @@ def tensor_parallel_fuses_the_activation():
     up, down = fastnn.nn.Linear(8, 16, activation="gelu"), fastnn.nn.Linear(16, 8, activation="relu")
     fast = nn.Sequential(up, nn.Identity(), down).double()
     fast.load_state_dict(stock.state_dict())
-    parallelize_module(fast, init_device_mesh("cpu", (4,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    parallelize_module(fast, mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
     assert_same_block(fast, stock, torch.randn(3, 8, dtype=torch.float64))
 
 
@@ -258,17 +259,17 @@ def sequence_parallel():
     between = plan(rows=lambda: RowwiseParallel(output_layouts=Shard(1), use_local_output=False))
     between |= {name: ColwiseParallel(input_layouts=Shard(1)) for name in ("query", "key", "value", "up")}
     between |= {"norm1": SequenceParallel(), "norm2": SequenceParallel()}
-    mesh = init_device_mesh("cpu", (4,))
-    parallelize_module(fast, mesh, between)
+    at = mesh()
+    parallelize_module(fast, at, between)
     enter = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),))
-    parallelize_module(fast, mesh, enter)
+    parallelize_module(fast, at, enter)
     assert_same_block(fast, stock, torch.randn(2, 8, 16, dtype=torch.float64))
 
 
 def tensor_parallel_of_frozen_layers():
     stock, fast = blocks()
     fastnn.freeze(fast)
-    parallelize_module(fast, init_device_mesh("cpu", (4,)), plan())
+    parallelize_module(fast, mesh(), plan())
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     with torch.no_grad():
         for _ in range(2):
@@ -278,15 +279,15 @@ def tensor_parallel_of_frozen_layers():
 def sharded_weights_of_a_tensor_parallel_model():
     """FSDP2 over one dimension of the mesh, tensor parallelism over the other."""
     stock, fast = blocks()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    parallelize_module(fast, mesh["tensor"], plan())
-    fully_shard(fast, mesh=mesh["data"])
-    half = mesh["data"].get_local_rank()
+    at = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(fast, at["tensor"], plan())
+    fully_shard(fast, mesh=at["data"])
+    half = at["data"].get_local_rank()
     assert_same_block(fast, stock, torch.randn(4, 6, 16, dtype=torch.float64), lambda t: t.chunk(2)[half])
 
 
 def pipeline():
-    """Four stages of accelerated modules, by both schedules."""
+    """A stage of accelerated modules on each process, by both schedules."""
     for schedule in (ScheduleGPipe, Schedule1F1B):
         torch.manual_seed(1)
         stock = nn.Sequential(
@@ -297,18 +298,19 @@ def pipeline():
         ).double()
         fast = fastnn.accelerate(copy.deepcopy(stock), inplace=True)
         x, target = torch.randn(8, 5, 8, dtype=torch.float64), torch.randn(8, 5, 8, dtype=torch.float64)
-        rank = dist.get_rank()
-        stage = PipelineStage(fast[rank], rank, 4, torch.device("cpu"))
+        rank, size = dist.get_rank(), dist.get_world_size()
+        mine = slice(rank * 4 // size, (rank + 1) * 4 // size)
+        stage = PipelineStage(fast[mine], rank, size, torch.device("cpu"))
         losses = []
-        last = dict(target=target, losses=losses) if rank == 3 else {}
+        last = dict(target=target, losses=losses) if rank == size - 1 else {}
         found = schedule(stage, n_microbatches=4, loss_fn=F.mse_loss).step(*((x,) if rank == 0 else ()), **last)
         want = stock(x)
         loss = F.mse_loss(want, target)
         loss.backward()
-        if rank == 3:
+        if rank == size - 1:
             torch.testing.assert_close(found, want)
             torch.testing.assert_close(torch.stack(losses).mean(), loss)
-        assert_same_grads(fast[rank], stock[rank])
+        assert_same_grads(fast[mine], stock[mine])
 
 
 CHECKS = [
