@@ -206,3 +206,13 @@ def test_every_op(name, dtype, grad):
         wanting |= any(t.requires_grad for t in torch.utils._pytree.tree_leaves(sample) if isinstance(t, torch.Tensor))
     asked = second(dtype, grad) if name.removeprefix("fastnn::") in TRACED else grad
     assert wanting == (asked and not name.endswith(("_pack", "linear_train", "conv2d_train")))
+
+
+def test_options_by_name():
+    """Fakes and rules of vmap take them in order; torch brings what is given by name into it."""
+    q, k, v = draw(torch.float32, True, (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    options = {"enable_gqa": True, "softcap": 2.0, "scale": 0.3}
+    for op, more in ((OPS.attention, {}), (OPS.attention_weights, {"average": True})):
+        torch.library.opcheck(op.default, [t.detach() for t in (q, k, v)], options | more)
+        found = torch.func.vmap(lambda *ts, op=op, more=more: op(*ts, **options, **more))(q, k, v)
+        torch.testing.assert_close(found, op(q, k, v, **options, **more))

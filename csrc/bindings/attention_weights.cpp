@@ -82,7 +82,7 @@ variable_list differentiate_weights(const Tensor& grad_weights, const variable_l
 }
 
 struct AttentionWeightsFunction : torch::autograd::Function<AttentionWeightsFunction> {
-  static constexpr bool is_traceable = true;  // by compiled autograd: the backward is one op
+  static constexpr bool is_traceable = true;  // by compiled autograd: the backward consists of ops
 
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& attn_mask, const OptionalTensor& philox_seed,

@@ -34,7 +34,7 @@ void linear_forward(const Conv2dParams& p) {
   LinearForward q{};
   q.dtype = p.dtype, q.activation = p.activation;
   q.M = s.N, q.N = s.K, q.K = s.C * s.R * s.S;
-  q.algorithm = linear_algorithm(q.dtype, q.M, q.N, q.K, {.dot = true, .stream = false, .packed = false});
+  q.algorithm = linear_algorithm(q.dtype, q.M, q.N, q.K, linear_choice(q.N, q.K, 1, q.K, 1, false));
   q.input = p.input, q.input_row = q.K, q.input_col = 1;
   q.weight = p.weight, q.weight_row = q.K, q.weight_col = 1;
   q.bias = p.bias, q.output = p.output, q.preactivation = p.pre_activation;

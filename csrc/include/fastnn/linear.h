@@ -17,8 +17,8 @@ inline constexpr const char* kLinearAlgorithmNames[] = {"gemm", "dot", "packed",
 // Cycles of one core, fitted to AVX2 (other widths scale all three alike). A panel of B serves rows in tiles of six, and a
 // tile of fewer than four waits for its own multiply-adds. Each dot product is summed over its lanes at the end, and a
 // last partial vector costs a masked load in each. A stream reads the weight once for eight rows of input (counted in parts:
-// a step would bring it back for some more rows). Weights of more than a few MiB come from memory: rows as several streams; panels
-// as one, asked for ahead, so that the arithmetic hides it or is hidden by it.
+// a step would bring it back for some more rows). Weights of more than a few MiB come from memory: rows as several
+// streams; panels as one, asked for ahead, so that the arithmetic hides it or is hidden by it.
 inline double linear_cost(LinearAlgorithm algorithm, DType dtype, int64_t M, int64_t N, int64_t K) {
   const int64_t lanes = dtype == DType::Float64 ? 4 : 8;
   const double panels = static_cast<double>((N + 2 * lanes - 1) / (2 * lanes));
